@@ -1,0 +1,184 @@
+"""manifest.json and parts.jsonl: what a cache is, and which parts of it exist.
+
+A part exists when its line stands in the log; each line is `<crc32c in hex> <canonical JSON>`. A torn last line is
+what a crash leaves and is cut off by the next writer; a bad line anywhere else is corruption.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from fastcache.cache_format.schema import FORMAT_NAME, FORMAT_VERSION, LOG_FILE, MANIFEST_FILE, STORED_DTYPES, layer_of
+from fastcache.errors import FormatError, IntegrityError
+from fastcache.files import canonical_json, fsync_directory, parse_json, read_json, write_json_atomic
+
+MAX_ROWS = 2**48
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """One committed part: its place in the log and what it holds."""
+
+    index: int
+    n_tokens: int
+    n_instances: int
+    ledger: dict[str, Any]
+    files: dict[str, list[int]]
+    """Path inside the part -> [size in bytes, crc32c]."""
+
+    @property
+    def name(self) -> str:
+        """Name of the part's folder."""
+        return f"{self.index:08d}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of a log line."""
+        return {
+            "part": self.index,
+            "n_tokens": self.n_tokens,
+            "n_instances": self.n_instances,
+            "ledger": self.ledger,
+            "files": self.files,
+        }
+
+
+@dataclass
+class Manifest:
+    """What a cache is. `identity` decides whether work may be resumed; the rest describes."""
+
+    identity: dict[str, Any]
+    state: str = "writing"
+    parity: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hook_points(self) -> list[str]:
+        """The captured hook points, by layer."""
+        return list(self.identity["hook_points"])
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream."""
+        return int(self.identity["d_in"])
+
+    @property
+    def dtype(self) -> str:
+        """Logical dtype of the stored residuals."""
+        return str(self.identity["dtype"])
+
+    def save(self, root: Path) -> None:
+        """Write manifest.json atomically."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        write_json_atomic(root / MANIFEST_FILE, {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **fields})
+
+
+def load_manifest(root: Path) -> Manifest:
+    """Read and check manifest.json; raises `FormatError` for other formats, other major versions, wrong types."""
+    path = root / MANIFEST_FILE
+    if not path.is_file():
+        raise FormatError(f"{root} is not a fastcache cache: it has no {MANIFEST_FILE}. Give the --out of an extract run.")
+    raw = read_json(path)
+    version = raw.pop("format_version", None)
+    if raw.pop("format", None) != FORMAT_NAME or not isinstance(version, str):
+        raise FormatError(f"{path} is not the manifest of a fastcache cache.")
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise FormatError(
+            f"{root} has cache format {version}; this fastcache reads {FORMAT_VERSION.split('.')[0]}.x. "
+            "Use a fastcache of that version, or extract the cache again."
+        )
+    known = Manifest.__dataclass_fields__
+    fields = {name: raw[name] for name in known if name in raw}  # a newer minor version may add names
+    for name, value in fields.items():
+        if not isinstance(value, str if name == "state" else dict):
+            raise FormatError(f"{path}: {name} has the wrong type, {type(value).__name__}.")
+    _check_identity(fields.get("identity", {}), path)
+    return Manifest(**fields)
+
+
+def _check_identity(identity: dict[str, Any], path: Path) -> None:
+    hooks, d_in = identity.get("hook_points"), identity.get("d_in")
+    if not isinstance(hooks, list) or not hooks or not all(isinstance(hook, str) for hook in hooks):
+        raise FormatError(f"{path}: identity.hook_points should list at least one hook point, found {hooks!r}.")
+    for hook in hooks:
+        layer_of(hook)
+    if type(d_in) is not int or not 0 < d_in <= 2**20:
+        raise FormatError(f"{path}: identity.d_in should be a width between 1 and 2^20, found {d_in!r}.")
+    if identity.get("dtype") not in STORED_DTYPES:
+        raise FormatError(f"{path}: identity.dtype {identity.get('dtype')!r} is not one of {', '.join(STORED_DTYPES)}.")
+
+
+def _count(raw: dict[str, Any], key: str, where: str) -> int:
+    value = raw.get(key)
+    if type(value) is not int or not 0 <= value <= MAX_ROWS:
+        raise FormatError(f"{where}: {key} should be a count, found {value!r}.")
+    return value
+
+
+def _check_files(files: Any, where: str) -> dict[str, list[int]]:
+    if not isinstance(files, dict):
+        raise FormatError(f"{where}: files should be an object.")
+    for name, entry in files.items():
+        parts = name.split("/")
+        if name.startswith("/") or any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
+            raise FormatError(f"{where}: {name!r} is not a path inside the part.")
+        if not (isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)):
+            raise FormatError(f"{where}: {name!r} should have [size, crc32c], found {entry!r}.")
+    return files
+
+
+def _parse_record(text: bytes, where: str) -> PartRecord:
+    raw = parse_json(text, where)
+    if not isinstance(raw, dict) or not isinstance(raw.get("ledger"), dict):
+        raise FormatError(f"{where} is not the record of a part.")
+    counts = (_count(raw, "part", where), _count(raw, "n_tokens", where), _count(raw, "n_instances", where))
+    return PartRecord(*counts, raw["ledger"], _check_files(raw.get("files"), where))
+
+
+def _split_log(data: bytes) -> tuple[list[PartRecord], int]:
+    """The records of a log, and the length of its good beginning."""
+    records: list[PartRecord] = []
+    position = 0
+    while position < len(data):
+        end = data.find(b"\n", position)
+        if end < 0:
+            break
+        checksum, _, text = data[position:end].partition(b" ")
+        where = f"{LOG_FILE} line {len(records) + 1}"
+        if checksum != b"%08x" % google_crc32c.value(text):
+            if end + 1 == len(data):
+                break
+            raise IntegrityError(f"{where} differs from its checksum. Restore the file, or extract the cache again.")
+        records.append(_parse_record(text, where))
+        position = end + 1
+    return records, position
+
+
+def read_log(root: Path) -> list[PartRecord]:
+    """The committed parts in part order; raises on a bad line (other than a torn last one) or a part logged twice."""
+    path = root / LOG_FILE
+    records, _ = _split_log(path.read_bytes()) if path.exists() else ([], 0)
+    records.sort(key=lambda record: record.index)
+    for before, after in zip(records, records[1:], strict=False):
+        if before.index == after.index:
+            raise FormatError(f"{path}: part {after.index} is listed twice.")
+    return records
+
+
+def append_log(root: Path, record: PartRecord) -> None:
+    """Append one line and flush it to disk; a torn last line is cut off first."""
+    text = canonical_json(record.to_json()).encode()
+    path = root / LOG_FILE
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        _, length = _split_log(file.read())
+        file.truncate(length)
+        file.seek(length)
+        file.write(b"%08x %s\n" % (google_crc32c.value(text), text))
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_directory(root)

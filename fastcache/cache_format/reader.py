@@ -1,0 +1,222 @@
+"""Reading a cache: by instance, by unit, by row. Every residual read is checked against its unit's crc32c.
+
+Opening reads two small files, whatever the size of the cache; it loads no model, no data set and no torch.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from fastcache.cache_format.manifest import Manifest, PartRecord, load_manifest, read_log
+from fastcache.cache_format.schema import PARTS_FOLDER, STORED_DTYPES, TOKEN_ARRAYS, UNIT_ROWS, checksum_array, decode
+from fastcache.cache_format.statistics import Moments, merged
+from fastcache.config import nearest
+from fastcache.errors import FormatError, InputError, IntegrityError
+
+Rows = npt.NDArray[np.generic]
+
+
+class Part:
+    """One committed part; its arrays are opened when they are first used."""
+
+    def __init__(self, root: Path, record: PartRecord, manifest: Manifest) -> None:
+        self.record = record
+        self.path = root / PARTS_FOLDER / record.name
+        self._manifest = manifest
+        self._residuals: dict[str, tuple[zarr.Array[Any], npt.NDArray[np.uint32]]] = {}
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        if self.path.is_symlink() or not self.path.is_dir():
+            raise IntegrityError(f"The part {self.path} is listed in the log but missing. Restore it, or extract again.")
+        return zarr.open_group(self.path, mode="r")
+
+    def _array(self, name: str, shape: tuple[int, ...] | None, dtype: str) -> zarr.Array[Any]:
+        array = self._group.get(name)
+        if not isinstance(array, zarr.Array):
+            raise FormatError(f"{self.path} has no array {name!r}.")
+        if str(array.dtype) != dtype or (shape is not None and array.shape != shape):
+            found = f"{array.dtype} {array.shape}"
+            raise FormatError(f"{self.path}/{name} should be {dtype} {shape or ''}, found {found}.")
+        return array
+
+    @cached_property
+    def tokens(self) -> dict[str, npt.NDArray[Any]]:
+        """The token arrays by name, as docs/FORMAT.md lists them."""
+        n, m = self.record.n_tokens, self.record.n_instances
+        shapes = {"token_ids": (n,), "token_types": (n,), "instance_ids": (m,), "instance_offsets": (m + 1,)}
+        arrays = {name: self._array(name, shapes.get(name), dtype) for name, dtype in TOKEN_ARRAYS.items()}
+        values: dict[str, npt.NDArray[Any]] = {name: np.asarray(array[...]) for name, array in arrays.items()}
+        for name, count in (("instance_offsets", m), ("document_offsets", len(values["document_ids"]))):
+            offsets = values[name]
+            if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != n or (np.diff(offsets) <= 0).any():
+                raise FormatError(f"{self.path}/{name} should rise from 0 to {n} in {count} steps.")
+        return values
+
+    def rows(self, hook: str, start: int, stop: int) -> Rows:
+        """Rows `[stop - start, d_in]` as stored; raises `IntegrityError` if a unit they touch is damaged."""
+        if hook not in self._residuals:
+            shape = (self.record.n_tokens, self._manifest.d_in)
+            array = self._array(hook, shape, STORED_DTYPES[self._manifest.dtype])
+            n_units = -(-shape[0] // UNIT_ROWS)
+            checksums = np.asarray(self._array(checksum_array(hook), (n_units,), "uint32")[...])
+            self._residuals[hook] = (array, checksums)
+        array, checksums = self._residuals[hook]
+        first = start // UNIT_ROWS * UNIT_ROWS
+        last = min(-(-stop // UNIT_ROWS) * UNIT_ROWS, self.record.n_tokens)
+        values = cast(Rows, np.asarray(array[first:last]))
+        for offset in range(0, len(values), UNIT_ROWS):
+            unit = (first + offset) // UNIT_ROWS
+            if google_crc32c.value(values[offset : offset + UNIT_ROWS].tobytes()) != checksums[unit]:
+                raise IntegrityError(
+                    f"{self.path}/{hook}: unit {unit} (rows {unit * UNIT_ROWS} to {(unit + 1) * UNIT_ROWS - 1}) "
+                    "differs from its checksum: the file is damaged. Restore it, or extract this part again."
+                )
+        return values[start - first : stop - first]
+
+    def moments(self, hook: str) -> Moments:
+        """The statistics of this part's rows."""
+        values = {name: np.asarray(self._group[f"{hook}.statistics.{name}"][...]) for name in Moments.__dataclass_fields__}  # type: ignore[index]
+        return Moments(**values)
+
+
+class CachedInstance:
+    """One sequence of the cache: a dialogue for `fast`, a block for block training."""
+
+    def __init__(self, part: Part, index: int, hooks: list[str], dtype: str) -> None:
+        offsets = part.tokens["instance_offsets"]
+        self._part, self._hooks, self._dtype = part, hooks, dtype
+        self._rows = slice(int(offsets[index]), int(offsets[index + 1]))
+        self.instance_id = int(part.tokens["instance_ids"][index])
+
+    def __len__(self) -> int:
+        return self._rows.stop - self._rows.start
+
+    @property
+    def corpus_rows(self) -> list[int]:
+        """Rows of the corpus whose text is in this instance: one for `fast`, one or more for a block."""
+        starts = self._part.tokens["document_offsets"]
+        first = bisect_right(starts, self._rows.start) - 1
+        last = bisect_right(starts, self._rows.stop - 1)
+        return [int(row) for row in self._part.tokens["document_ids"][first:last]]
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """Token ids `[n]`."""
+        return cast(npt.NDArray[np.int32], self._part.tokens["token_ids"][self._rows])
+
+    @property
+    def token_types(self) -> npt.NDArray[np.uint8]:
+        """Flags `[n]`, see `fastcache.cache_format.schema.TokenType`."""
+        return cast(npt.NDArray[np.uint8], self._part.tokens["token_types"][self._rows])
+
+    def residuals(self, hook_point: str) -> npt.NDArray[np.float32]:
+        """The residual stream `[n, d_in]` at `hook_point`, for example `"resid_post.18"`, as float32."""
+        if hook_point not in self._hooks:
+            raise InputError(f"This cache has no {hook_point!r}; it has {', '.join(self._hooks)}.")
+        return decode(self._part.rows(hook_point, self._rows.start, self._rows.stop), self._dtype)
+
+
+class Cache:
+    """A cache opened for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = load_manifest(path)
+        self.parts = [Part(path, record, self.manifest) for record in read_log(path)]
+        self._first_instance = np.cumsum([0, *(part.record.n_instances for part in self.parts)]).tolist()
+        self._first_row = np.cumsum([0, *(part.record.n_tokens for part in self.parts)]).tolist()
+
+    @property
+    def n_instances(self) -> int:
+        """Number of sequences."""
+        return int(self._first_instance[-1])
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of rows."""
+        return int(self._first_row[-1])
+
+    @property
+    def hook_points(self) -> list[str]:
+        """The captured hook points, for example `["resid_post.18"]`."""
+        return self.manifest.hook_points
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream."""
+        return self.manifest.d_in
+
+    @property
+    def complete(self) -> bool:
+        """Whether extraction has finished."""
+        return self.manifest.state == "complete"
+
+    def require_hook(self, hook_point: str | None) -> str:
+        """`hook_point` if the cache has it, or its only one; raises `InputError` otherwise."""
+        if hook_point is None and len(self.hook_points) == 1:
+            return self.hook_points[0]
+        if hook_point not in self.hook_points:
+            chosen = "none was chosen" if hook_point is None else f"{hook_point!r} was asked for"
+            guess = nearest(hook_point, self.hook_points) if hook_point else ""
+            raise InputError(f"{self.path} holds {', '.join(self.hook_points)}; {chosen}. Choose one with --layer.{guess}")
+        return hook_point
+
+    def instance(self, index: int) -> CachedInstance:
+        """Sequence number `index`, in the order of the cache; negative numbers count from the end."""
+        if not -self.n_instances <= index < self.n_instances:
+            raise IndexError(f"instance {index} of a cache with {self.n_instances} instances")
+        index %= self.n_instances
+        part = bisect_right(self._first_instance, index) - 1
+        inside = index - self._first_instance[part]
+        return CachedInstance(self.parts[part], inside, self.hook_points, self.manifest.dtype)
+
+    def instances(self) -> Iterator[CachedInstance]:
+        """All sequences in order."""
+        return (self.instance(index) for index in range(self.n_instances))
+
+    def units(self) -> npt.NDArray[np.int64]:
+        """Part, first row and last row + 1, of every unit `[n_units, 3]`: at most `UNIT_ROWS` rows each."""
+        table = [
+            (index, start, min(start + UNIT_ROWS, part.record.n_tokens))
+            for index, part in enumerate(self.parts)
+            for start in range(0, part.record.n_tokens, UNIT_ROWS)
+        ]
+        return np.array(table, np.int64).reshape(-1, 3)
+
+    def first_row(self, part: int) -> int:
+        """Number, counted over the whole cache, of the first row of `part`."""
+        return int(self._first_row[part])
+
+    def gather(self, hook: str, row_numbers: npt.NDArray[np.int64]) -> Rows:
+        """The rows `[n, d_in]` with these numbers, counted over the whole cache, as stored."""
+        gathered: Rows | None = None
+        parts = np.searchsorted(self._first_row, row_numbers, side="right") - 1
+        keys = parts * (1 << 40) + (row_numbers - np.take(self._first_row, parts)) // UNIT_ROWS
+        order = np.argsort(keys, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(order) else []:
+            part = int(parts[group[0]])
+            inside = row_numbers[group] - self.first_row(part)
+            start = int(inside.min())
+            values = self.parts[part].rows(hook, start, int(inside.max()) + 1)
+            if gathered is None:
+                gathered = np.empty((len(row_numbers), self.d_in), values.dtype)
+            gathered[group] = values[inside - start]
+        return np.empty((0, self.d_in), STORED_DTYPES[self.manifest.dtype]) if gathered is None else gathered
+
+    def statistics(self, hook: str) -> Moments:
+        """Moments of all rows at `hook`, merged over the parts."""
+        return merged((part.moments(hook) for part in self.parts), self.d_in)
+
+
+def open_cache(path: str | PathLike[str]) -> Cache:
+    """Open the cache at `path`; raises `FormatError` if it is none, or of another format version."""
+    return Cache(Path(path))

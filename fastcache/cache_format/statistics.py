@@ -1,0 +1,110 @@
+"""Statistics of residuals per group of tokens, gathered while writing and merged exactly over parts.
+
+Mean and variance are merged by Chan's formula; norms are counted in logarithmic bins, so quantiles of the merged
+counts are those of all rows, to the width of a bin (a sixteenth of an octave, 4.4 %).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcache.cache_format.schema import SPLITS, TokenType, select
+
+GROUPS = (*SPLITS, "first")
+BINS_PER_OCTAVE = 16
+LOWEST_OCTAVE, HIGHEST_OCTAVE = -24, 40
+N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass
+class Moments:
+    """Count `[g]`, mean `[g, d_in]`, summed squared deviation `[g, d_in]`, norm counts `[g, N_BINS]`, norm sum `[g]`."""
+
+    count: npt.NDArray[np.int64]
+    mean: Floats
+    squared_deviation: Floats
+    norm_counts: npt.NDArray[np.int64]
+    norm_sum: Floats
+
+    @classmethod
+    def empty(cls, d_in: int) -> "Moments":
+        """Moments of no rows."""
+        g = len(GROUPS)
+        zeros = np.zeros((g, d_in))
+        return cls(np.zeros(g, np.int64), zeros, zeros.copy(), np.zeros((g, N_BINS), np.int64), np.zeros(g))
+
+    def add(self, residuals: npt.NDArray[np.float32], token_types: npt.NDArray[np.uint8]) -> None:
+        """Take in rows `[n, d_in]` with their token types `[n]`."""
+        wide = residuals.astype(np.float64)
+        norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+        with np.errstate(divide="ignore"):
+            bins = np.floor((np.log2(norms) - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
+        bins = np.clip(bins, 0, N_BINS - 1).astype(np.int64)
+        for g, group in enumerate(GROUPS):
+            mask = (token_types & TokenType.FIRST_POSITION) != 0 if group == "first" else select(token_types, group)
+            if not mask.any():
+                continue
+            rows = wide if mask.all() else wide[mask]
+            mean = rows.mean(0)
+            self._merge(g, len(rows), mean, ((rows - mean) ** 2).sum(0))
+            self.norm_counts[g] += np.bincount(bins[mask], minlength=N_BINS)
+            self.norm_sum[g] += norms[mask].sum()
+
+    def _merge(self, g: int, count: int, mean: Floats, squared_deviation: Floats) -> None:
+        """Chan, Golub and LeVeque (1979), equation 2.1."""
+        total = int(self.count[g]) + count
+        delta = mean - self.mean[g]
+        self.mean[g] += delta * (count / total)
+        self.squared_deviation[g] += squared_deviation + delta**2 * (int(self.count[g]) * count / total)
+        self.count[g] = total
+
+    def merge(self, other: "Moments") -> None:
+        """Take in the rows of `other`."""
+        for g in np.flatnonzero(other.count):
+            self._merge(g, int(other.count[g]), other.mean[g], other.squared_deviation[g])
+        self.norm_counts += other.norm_counts
+        self.norm_sum += other.norm_sum
+
+    def norm_quantile(self, group: str, q: float) -> float:
+        """Norm below which the share `q` of the rows of `group` lies: the middle of its bin."""
+        counts = self.norm_counts[GROUPS.index(group)]
+        if not counts.any():
+            return 0.0
+        bin_index = int(np.searchsorted(np.cumsum(counts), q * counts.sum(), side="left"))
+        return float(2 ** (LOWEST_OCTAVE + (bin_index + 0.5) / BINS_PER_OCTAVE))
+
+    def summary(self, n_outliers: int = 5) -> dict[str, Any]:
+        """JSON-ready figures per group: count, norm mean and quantiles, variance, the dimensions of largest size."""
+        figures: dict[str, Any] = {}
+        for g, group in enumerate(GROUPS):
+            count = int(self.count[g])
+            if not count:
+                figures[group] = {"count": 0}
+                continue
+            root_mean_square = np.sqrt(self.mean[g] ** 2 + self.squared_deviation[g] / count)
+            top = np.argsort(-root_mean_square, kind="stable")[:n_outliers]
+            figures[group] = {
+                "count": count,
+                "norm_mean": float(self.norm_sum[g] / count),
+                "norm_quantiles": {str(q): self.norm_quantile(group, q) for q in (0.01, 0.5, 0.99, 1.0)},
+                "total_variance": float(self.squared_deviation[g].sum() / count),
+                "top_dimensions": [[int(d), float(root_mean_square[d])] for d in top],
+            }
+        return figures
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays to store, by name."""
+        return dict(vars(self))
+
+
+def merged(moments: Iterable[Moments], d_in: int) -> Moments:
+    """All rows of `moments` together, in the order given."""
+    total = Moments.empty(d_in)
+    for one in moments:
+        total.merge(one)
+    return total

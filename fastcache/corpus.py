@@ -1,0 +1,77 @@
+"""The corpus directory that `prepare` writes and `extract` reads: Parquet files by split, and corpus.json.
+
+A row is a dialogue (`messages`) or a plain document (`text`). Rows are numbered in their permuted order, over all
+splits; that number is the row's name everywhere downstream.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastcache.errors import FormatError, InputError
+from fastcache.files import read_json
+
+CORPUS_FILE = "corpus.json"
+CORPUS_VERSION = "1.0"
+ROWS_PER_SHARD = 200_000
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("source", pa.string()),
+        ("source_row", pa.int64()),
+        ("messages", pa.list_(MESSAGE)),
+        ("text", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CorpusRow:
+    """One dialogue or document."""
+
+    row: int
+    messages: list[dict[str, str]] | None
+    text: str | None
+
+
+class Corpus:
+    """A corpus directory opened for reading."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `FormatError` if `path` is no corpus directory of this version."""
+        self.path = path
+        self.info: dict[str, Any] = read_json(path / CORPUS_FILE)
+        if self.info.get("format") != "fastcache-corpus" or str(self.info.get("format_version"))[:2] != "1.":
+            raise FormatError(f"{path / CORPUS_FILE} is not a fastcache corpus of version 1.x. Run `fastcache prepare`.")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every row in order: tells this corpus from any other."""
+        return str(self.info["fingerprint"])
+
+    @property
+    def kind(self) -> str:
+        """`chat` or `text`."""
+        return str(self.info["kind"])
+
+    def n_rows(self, split: str) -> int:
+        """Number of rows of a split; raises `InputError` for an unknown or empty one."""
+        splits = self.info["splits"]
+        if not splits.get(split):
+            known = ", ".join(f"{name} ({count})" for name, count in splits.items())
+            raise InputError(f"{self.path} has no rows in the split {split!r}; it has {known}.")
+        return int(splits[split])
+
+    def rows(self, split: str) -> Iterator[CorpusRow]:
+        """The rows of a split, in order."""
+        self.n_rows(split)
+        for path in sorted(self.path.glob(f"{split}-*.parquet")):
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+                for raw in batch.to_pylist():
+                    yield CorpusRow(raw["row"], raw["messages"], raw["text"])

@@ -1,0 +1,97 @@
+"""Files that are whole or absent: strict JSON, atomic replacement, fsync."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastcache.errors import FormatError
+
+MAX_JSON_BYTES = 256 * 2**20
+MAX_JSON_DEPTH = 64
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return mapping
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(child, depth + 1)
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Strict JSON: no NaN or infinity, no duplicate keys, bounded depth. Raises `FormatError` that names `where`."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_pairs)
+        _check_depth(value)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} is not the JSON it should be: {error}.") from error
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from `path`; raises `FormatError` for anything else."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: not a file of fastcache.")
+        value = parse_json(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} is missing.") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} should hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256, in hex, of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and folder below `root`, and `root` itself, to disk."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with Path(folder, name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(Path(folder))
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash leaves either the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replace `path` by the readable JSON of `value`, atomically."""
+    write_bytes_atomic(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())

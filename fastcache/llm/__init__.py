@@ -1,0 +1,1 @@
+"""The model side: tokenizers, chat rendering with token types, and backends that turn tokens into residuals."""

@@ -1,0 +1,157 @@
+"""Finding and loading models and tokenizers; what goes wrong there becomes a `ModelError` that says what to do."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastcache.assets import DEMO
+from fastcache.cache_format.schema import layer_of
+from fastcache.errors import InputError, ModelError
+from fastcache.files import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLED_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a name on the hub, a folder, or `demo`."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def path(self) -> str:
+        """What transformers loads: the hub name or the folder."""
+        return str(DEMO) if self.name == "demo" else self.name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are in a folder of this machine."""
+        return Path(self.path).is_dir()
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` gets."""
+        revision = {} if self.is_local else {"revision": self.revision}
+        return {**revision, "trust_remote_code": self.trust_remote_code}
+
+
+@contextmanager
+def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """Turn the errors of loading into one paragraph; keep transformers' own messages off the screen."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        if source.is_local:
+            advice = f"{source.path} is a folder, but not one that transformers can load"
+        else:
+            advice = "It is no folder here, and the hub could not give it: check the name, the network, or `hf auth login`"
+        raise ModelError(f"The {what} of model {source.name!r} can't be loaded. {advice}. ({reason})") from error
+    finally:
+        logger.setLevel(level)
+
+
+def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
+    """The model's fast tokenizer; raises `ModelError` if there is none."""
+    from transformers import AutoTokenizer
+
+    with _clear_errors(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.keywords())
+    if not tokenizer.is_fast:
+        raise ModelError(f"Model {source.name!r} has no fast tokenizer; fastcache needs one for character offsets.")
+    return tokenizer
+
+
+def require_chat_template(tokenizer: "PreTrainedTokenizerBase", source: ModelSource) -> None:
+    """Raise `ModelError` for a model without a chat template."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"Model {source.name!r} has no chat template, so it can't render dialogues. Use the instruct version of the "
+            "model, or --method bt-p, which takes plain text."
+        )
+
+
+def load_config(source: ModelSource) -> Any:
+    """The text model's configuration."""
+    from transformers import AutoConfig
+
+    with _clear_errors(source, "configuration"):
+        config = AutoConfig.from_pretrained(source.path, **source.keywords())
+    return config.get_text_config(decoder=True)
+
+
+def check_layers(config: Any, hook_points: list[str], source: ModelSource) -> None:
+    """Raise `InputError`, with the valid range, for hook points that the model doesn't have."""
+    n_layers = config.num_hidden_layers
+    for hook in hook_points:
+        if layer_of(hook) >= n_layers:
+            raise InputError(
+                f"--layer {layer_of(hook)}: {source.name!r} has {n_layers} layers, so --layer goes from 0 to {n_layers - 1}."
+            )
+
+
+def decoder_layers(model: torch.nn.Module, n_layers: int) -> torch.nn.ModuleList:
+    """The list of decoder layers: the only list of that length in the model."""
+    found = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers]
+    if len(found) != 1:
+        raise ModelError(f"{type(model).__name__} has {len(found)} lists of {n_layers} layers; expected one.")
+    return found[0]
+
+
+def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """The decoder without LM head, cut to its first `n_layers` layers: the others are never loaded."""
+    from transformers import AutoModel
+
+    config = load_config(source)
+    if n_layers is not None:
+        config.num_hidden_layers = n_layers
+        for name in ("layer_types", "mlp_layer_types"):
+            if getattr(config, name, None):
+                setattr(config, name, getattr(config, name)[:n_layers])
+    with _clear_errors(source, "weights"):
+        model = AutoModel.from_pretrained(source.path, config=config, dtype=dtype, **source.keywords())
+    return model.to(device).eval()
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    """Names, sizes, heads and tails of the weight files: tells other weights apart without reading gigabytes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def model_identity(source: ModelSource, config: Any) -> dict[str, Any]:
+    """What tells this model from another: name, revision or weights, and the configuration's hash."""
+    settings = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
+    identity = {"name": source.name, "config_sha256": fingerprint(settings)}
+    if source.is_local:
+        return {**identity, "weights_sha256": _weights_fingerprint(Path(source.path))}
+    return {**identity, "revision": getattr(config, "_commit_hash", None) or source.revision}
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Hashes of the vocabulary with its rules, and of the chat template."""
+    backend = tokenizer.backend_tokenizer.to_str()
+    return {
+        "tokenizer_sha256": hashlib.sha256(backend.encode()).hexdigest(),
+        "chat_template_sha256": fingerprint(tokenizer.chat_template),
+    }

@@ -1,0 +1,99 @@
+"""Output directories: ours or refused, one process at a time, resumable with the same settings only.
+
+Each holds `run.json` with the command, the resolved settings and the versions that began it. It is the first thing
+written, so a directory that a killed run left behind is still known as ours.
+"""
+
+import fcntl
+import platform
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastcache.config import differences
+from fastcache.errors import BusyError, InputError, MismatchError, SpaceError
+from fastcache.files import read_json, write_json_atomic
+
+RUN_FILE = "run.json"
+PACKAGES = ("fastcache-sae", "torch", "transformers", "tokenizers", "zarr", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def output_directory(
+    path: Path, command: str, settings: dict[str, Any], *, free: Collection[str] = (), fresh: bool = False
+) -> Iterator[None]:
+    """Hold `path` as the output of `command` with these settings; those named in `free` may differ on resume.
+
+    Raises, before anything is changed: `InputError` if the folder holds other things, `MismatchError` if it was begun
+    with other settings, `BusyError` if another process has it. With `fresh`, our own earlier output is removed.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; --out must name a directory.")
+    ours = (path / RUN_FILE).is_file()
+    if not ours and path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise InputError(
+            f"{path} is not empty and holds no {RUN_FILE}, so it is no output of fastcache. "
+            "Choose another --out; nothing was changed."
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror}. Choose another --out.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by itself when the process is killed
+        except BlockingIOError as error:
+            raise BusyError(f"Another fastcache process is writing to {path}. Wait, or choose another --out.") from error
+        if ours:
+            _check_same(path, command, settings, free, fresh)
+        if ours and fresh:
+            _clear(path)
+        if fresh or not ours:
+            run = {"command": command, "settings": settings, "versions": versions()}
+            write_json_atomic(path / RUN_FILE, run)
+        yield
+
+
+def _check_same(path: Path, command: str, settings: dict[str, Any], free: Collection[str], fresh: bool) -> None:
+    run = read_json(path / RUN_FILE)
+    if run.get("command") != command:
+        raise InputError(f"{path} is the output of `fastcache {run.get('command')}`. Choose another --out.")
+    found = [line for line in differences(run.get("settings"), settings) if line.partition(":")[0] not in free]
+    if found and not fresh:
+        raise MismatchError(
+            f"{path} was begun with other settings ({'; '.join(found)}). "
+            "Repeat the settings it was begun with, choose another --out, or start over with --fresh."
+        )
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.name in (".lock", RUN_FILE):  # run.json goes last, by being replaced
+            continue
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def require_space(directory: Path, needed_bytes: int, what: str) -> None:
+    """Raise `SpaceError` unless the disk that `directory` is on, or will be on, has room for `needed_bytes`."""
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes * 1.01:
+        raise SpaceError(
+            f"{what} needs about {needed_bytes / 1e9:.3g} GB, but the disk of {directory} has {free / 1e9:.3g} GB free. "
+            "Free some space, choose an --out on another disk, or lower --tokens. Nothing was written."
+        )

@@ -1,0 +1,1 @@
+"""What fastcache does, a package a stage. Stages meet only through files: none imports another."""

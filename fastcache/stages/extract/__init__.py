@@ -1,0 +1,1 @@
+"""extract: corpus -> tokens and token types -> LLM -> residuals -> cache."""

@@ -1,0 +1,203 @@
+"""The extract stage: units of the corpus go through the model, each becomes a committed part of the cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastcache.cache_format.manifest import Manifest
+from fastcache.cache_format.reader import Cache
+from fastcache.cache_format.schema import STORED_DTYPES, TokenType, hook_point
+from fastcache.cache_format.writer import CacheWriter
+from fastcache.config import as_dict
+from fastcache.corpus import Corpus, CorpusRow
+from fastcache.errors import InputError
+from fastcache.llm.chat import FIXED_DATE, ChatRenderer, text_tokens
+from fastcache.llm.loading import (
+    ModelSource,
+    check_layers,
+    load_config,
+    load_tokenizer,
+    model_identity,
+    require_chat_template,
+    tokenizer_identity,
+)
+from fastcache.llm.parity import check_parity, reference_residuals, spread
+from fastcache.llm.transformers_backend import TransformersBackend, best_device
+from fastcache.progress import Progress, Task
+from fastcache.rundir import output_directory, require_space, versions
+from fastcache.stages.extract.config import FREE_ON_RESUME, ExtractConfig
+from fastcache.stages.extract.ledger import part_ledger, total_ledger
+from fastcache.stages.extract.sequences import Item, Tokenize, Unit, block_items, cut_units, fast_items
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 256
+"""Sequences looked at to estimate the size of the job and to choose those of the parity check."""
+
+
+@dataclass
+class Job:
+    """Everything settled before the model is loaded."""
+
+    config: ExtractConfig
+    source: ModelSource
+    corpus: Corpus
+    tokenizer: "PreTrainedTokenizerBase"
+    llm_config: Any
+
+    def __post_init__(self) -> None:
+        check_layers(self.llm_config, self.hook_points, self.source)
+        if self.config.method != "bt-p":
+            require_chat_template(self.tokenizer, self.source)
+        wanted = "text" if self.config.method == "bt-p" else "chat"
+        if self.corpus.kind != wanted:
+            raise InputError(
+                f"--method {self.config.method} needs a {wanted} corpus, but {self.corpus.path} holds {self.corpus.kind}."
+            )
+        context = getattr(self.llm_config, "max_position_embeddings", None) or self.config.max_length
+        self.max_length = min(self.config.max_length, context)
+        self.block_size = min(self.config.block_size, context)
+        self.model_dtype = self.config.model_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
+
+    @property
+    def device(self) -> str:
+        """Where the model runs."""
+        return self.config.device or best_device()
+
+    @property
+    def hook_points(self) -> list[str]:
+        """The captured hook points, by layer."""
+        return [hook_point(layer) for layer in sorted(set(self.config.layer))]
+
+    @property
+    def separator(self) -> int | None:
+        """Token between the documents of bt-p: BOS, else <|endoftext|>, else EOS. A dialogue ends by its template."""
+        if self.config.method != "bt-p":
+            return None
+        tokenizer = self.tokenizer
+        known = tokenizer.get_vocab().get("<|endoftext|>")
+        return next((i for i in (tokenizer.bos_token_id, known, tokenizer.eos_token_id) if i is not None), None)
+
+    def items(self) -> Iterator[Item]:
+        """The stream of sequences, from its beginning."""
+        rows = self.corpus.rows(self.config.split)
+        if self.config.method == "fast":
+            return fast_items(rows, self._tokenizer(), self.max_length)
+        return block_items(rows, self._tokenizer(), self.block_size, self.separator)
+
+    def _tokenizer(self) -> Tokenize:
+        if self.config.method == "bt-p":
+            return lambda row: text_tokens(self.tokenizer, row.text or "")
+        renderer = ChatRenderer(self.tokenizer)
+
+        def tokenize(row: CorpusRow) -> Any:
+            rendered = renderer.render(row.messages or [])
+            return rendered.token_ids, rendered.token_types
+
+        return tokenize
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the cache holds."""
+        config = self.config
+        length = {"max_length": self.max_length} if config.method == "fast" else {"block_size": self.block_size}
+        return {
+            "model": model_identity(self.source, self.llm_config),
+            "tokenizer": {**tokenizer_identity(self.tokenizer), "template_date": FIXED_DATE},
+            "corpus": {"fingerprint": self.corpus.fingerprint, "split": config.split},
+            "method": {"name": config.method, **length, "separator": self.separator},
+            "hook_points": self.hook_points,
+            "d_in": self.llm_config.hidden_size,
+            "dtype": config.dtype,
+            "model_dtype": self.model_dtype,
+            "tokens": config.tokens,
+            "unit_tokens": config.unit_tokens,
+        }
+
+
+def extract(config: ExtractConfig, corpus_path: Path, out: Path, progress: Progress, fresh: bool = False) -> Cache:
+    """Fill the cache at `out`, or go on filling it; returns it opened.
+
+    Everything that can be wrong with the input is found before `out` is touched. Raises `ModelError`, `InputError`,
+    `MismatchError`, `SpaceError`, `NonFiniteError`.
+    """
+    source = ModelSource(config.model, config.revision, config.trust_remote_code)
+    job = Job(config, source, Corpus(corpus_path), load_tokenizer(source), load_config(source))
+    settings = as_dict(replace(config, corpus=str(corpus_path)))
+    sample = [item.instance for item in islice(job.items(), SAMPLE) if item.instance]
+    if not sample:
+        raise InputError(f"None of the first {SAMPLE} rows of {corpus_path} could be rendered; see `fastcache inspect`.")
+    expected_tokens = _expected_tokens(job, [len(instance.token_ids) for instance in sample])
+    row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
+    if not (out / "manifest.json").exists():
+        require_space(out, expected_tokens * row_bytes, f"This cache of about {expected_tokens:,} tokens")
+    with output_directory(out, "extract", settings, free=FREE_ON_RESUME, fresh=fresh):
+        writer = CacheWriter(out, Manifest(job.identity(), versions=versions()))
+        if writer.manifest.state == "complete":
+            progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
+            return Cache(out)
+        backend = TransformersBackend(source, job.hook_points, job.model_dtype, job.device)
+        if config.parity and not writer.manifest.parity:
+            progress.say(f"Parity check of {min(config.parity, len(sample))} sequences against the plain float32 model ...")
+            picked = spread([len(instance.token_ids) for instance in sample], config.parity)
+            sequences = [sample[index].token_ids for index in picked]
+            reference = reference_residuals(source, job.hook_points)
+            writer.manifest.parity = check_parity(backend.residuals, reference, sequences, job.model_dtype)
+            writer.manifest.save(out)
+        with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
+            for unit in cut_units(job.items(), config.unit_tokens, config.tokens):
+                _compute(unit, writer, backend, task)
+        return _finish(writer, job.corpus.n_rows(config.split))
+
+
+def _expected_tokens(job: Job, lengths: list[int]) -> int:
+    """Tokens of the whole job, from a sample; for blocks the number of rows says little, so the budget counts."""
+    if job.config.method == "fast":
+        return min(job.config.tokens, round(np.mean(lengths) * job.corpus.n_rows(job.config.split)))
+    return min(job.config.tokens, sum(lengths)) if len(lengths) < SAMPLE else job.config.tokens
+
+
+def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task: Task) -> None:
+    """Make the part of `unit` unless it is there already."""
+    if unit.index in writer.committed:
+        task.advance(unit.n_tokens, f"unit {unit.index} was there")
+        return
+    part = writer.part(unit.index, unit.instances)
+    for instance in unit.instances:
+        part.append(backend.residuals(instance.token_ids))
+        task.advance(len(instance.token_ids), f"unit {unit.index}")
+    writer.committed[unit.index] = part.commit(part_ledger(unit.entries))
+
+
+def _finish(writer: CacheWriter, n_rows: int) -> Cache:
+    """Check the totals and mark the cache complete."""
+    records = [writer.committed[index] for index in sorted(writer.committed)]
+    if not records:
+        raise InputError("--tokens leaves no room for a single sequence; nothing was cached.")
+    cache = Cache(writer.root)
+    manifest = writer.manifest
+    manifest.ledger = total_ledger((record.ledger for record in records), n_rows)
+    manifest.statistics = {hook: cache.statistics(hook).summary() for hook in manifest.hook_points}
+    manifest.totals = {
+        "n_tokens": cache.n_tokens,
+        "n_instances": cache.n_instances,
+        "n_parts": len(records),
+        "n_bytes": sum(size for record in records for size, _ in record.files.values()),
+        "tokens_by_type": _tokens_by_type(cache),
+    }
+    manifest.state = "complete"
+    manifest.save(writer.root)
+    return Cache(writer.root)
+
+
+def _tokens_by_type(cache: Cache) -> dict[str, int]:
+    types = (part.tokens["token_types"] for part in cache.parts)
+    counts = sum((np.bincount(values, minlength=256) for values in types), np.zeros(256, np.int64))
+    return {
+        flag.name or str(int(flag)): int(sum(count for value, count in enumerate(counts) if value & flag))
+        for flag in TokenType
+    }

@@ -1,0 +1,1 @@
+"""prepare: data sets -> one schema -> dedup -> permutation -> split -> a corpus directory."""
