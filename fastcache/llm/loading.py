@@ -48,9 +48,12 @@ class ModelSource:
 @contextmanager
 def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
     """Turn the errors of loading into one paragraph; keep transformers' own messages off the screen."""
+    from transformers.utils.logging import disable_progress_bar
+
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:

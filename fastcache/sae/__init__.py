@@ -1,0 +1,1 @@
+"""The SAE side: architectures, initialisation, schedules, metrics, files. torch only."""

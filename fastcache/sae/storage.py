@@ -1,0 +1,46 @@
+"""An SAE on disk: `sae.safetensors` with the parameters and `sae.json` with what they belong to."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastcache.errors import FormatError, NonFiniteError
+from fastcache.files import read_json, write_json_atomic
+from fastcache.sae.architectures import ARCHITECTURES, Sae
+
+SAE_FORMAT_VERSION = "1.0"
+WEIGHTS_FILE, INFO_FILE = "sae.safetensors", "sae.json"
+
+
+def save_sae(folder: Path, sae: Sae, info: dict[str, Any]) -> None:
+    """Write `sae` into `folder`; `info` says where its activations came from. The JSON is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{WEIGHTS_FILE}.tmp"
+    save_file({name: value.contiguous().cpu() for name, value in sae.state_dict().items()}, temporary)
+    temporary.replace(folder / WEIGHTS_FILE)
+    shape = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae}
+    header = {"format": "fastcache-sae", "format_version": SAE_FORMAT_VERSION}
+    write_json_atomic(folder / INFO_FILE, {**header, **shape, **info})
+
+
+def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
+    """The SAE in `folder` and its `sae.json`. Raises `FormatError` for anything else, `NonFiniteError` for NaN weights."""
+    info = read_json(folder / INFO_FILE)
+    if info.get("format") != "fastcache-sae" or str(info.get("format_version"))[:2] != "1.":
+        raise FormatError(f"{folder / INFO_FILE} is not that of a fastcache SAE of version 1.x.")
+    if info.get("architecture") not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise FormatError(f"{folder}: unknown architecture {info.get('architecture')!r}; this fastcache knows {known}.")
+    sae = ARCHITECTURES[info["architecture"]](int(info["d_in"]), int(info["d_sae"]))
+    weights = load_file(folder / WEIGHTS_FILE)
+    expected = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != expected:
+        raise FormatError(f"{folder / WEIGHTS_FILE} should hold {expected}, found {found}.")
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise NonFiniteError(f"{folder / WEIGHTS_FILE}: {name} has NaN or infinity; this SAE can't be used.")
+    sae.load_state_dict(weights)
+    return sae, info

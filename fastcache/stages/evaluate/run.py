@@ -1,0 +1,115 @@
+"""The evaluate stage: one pass over a held-out cache measures any number of SAEs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcache.cache_format.reader import Cache, CachedInstance, open_cache
+from fastcache.cache_format.schema import SPLITS, select
+from fastcache.config import differences
+from fastcache.errors import InputError, MismatchError
+from fastcache.files import fingerprint, write_json_atomic
+from fastcache.progress import Progress
+from fastcache.sae.architectures import Sae
+from fastcache.sae.metrics import Metrics
+from fastcache.sae.storage import load_sae
+from fastcache.stages.evaluate.config import EvaluateConfig
+
+BATCH_TOKENS = 8192
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass
+class _Candidate:
+    """One SAE being measured."""
+
+    folder: Path
+    sae: Sae
+    info: dict[str, Any]
+    metrics: Metrics
+
+
+def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]:
+    """Measure the SAEs; writes `evaluation.json` into each one's folder and returns them.
+
+    Raises `InputError` for a cache of training rows or of blocks, `MismatchError` for an SAE of another model, layer or
+    width.
+    """
+    cache = open_cache(config.cache)
+    if cache.manifest.identity["corpus"]["split"] == "train" and not config.allow_train:
+        raise InputError(
+            f"{config.cache} holds training rows, so figures on it would flatter. Make a held-out cache with "
+            "`fastcache extract --split eval`, or say --allow-train."
+        )
+    if cache.manifest.identity["method"]["name"] != "fast":
+        raise InputError(f"{config.cache} holds blocks; evaluation is by dialogue, on a cache of --method fast.")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    candidates = [_load(Path(folder), cache, device) for folder in config.sae]
+    hooks = sorted({candidate.info["hook_point"] for candidate in candidates})
+    n_instances = min(config.max_instances, cache.n_instances)
+    with progress.task("evaluate", n_instances, "dialogues") as task:
+        for batch in _batches(cache, n_instances):
+            masks, dialogues = _token_sets(batch)
+            for hook in hooks:
+                x = torch.from_numpy(np.concatenate([instance.residuals(hook) for instance in batch])).to(device)
+                for candidate in (c for c in candidates if c.info["hook_point"] == hook):
+                    candidate.metrics.update(candidate.sae, x, masks.to(device), dialogues.to(device))
+            task.advance(len(batch))
+    return [_write(candidate, cache, n_instances) for candidate in candidates]
+
+
+def _load(folder: Path, cache: Cache, device: str) -> _Candidate:
+    sae, info = load_sae(folder)
+    if info["hook_point"] not in cache.hook_points:
+        held = ", ".join(cache.hook_points)
+        raise MismatchError(f"{folder} was trained at {info['hook_point']}, but {cache.path} holds {held}.")
+    identity = cache.manifest.identity
+    for name in ("model", "tokenizer"):
+        if found := differences(info[name], identity[name]):
+            raise MismatchError(f"{folder} and {cache.path} come from different {name}s ({'; '.join(found)}).")
+    if sae.d_in != cache.d_in:
+        raise MismatchError(f"{folder} has d_in {sae.d_in}, but {cache.path} has {cache.d_in}.")
+    return _Candidate(folder, sae.to(device), info, Metrics(tuple(SPLITS), sae.d_in, sae.d_sae))
+
+
+def _batches(cache: Cache, n_instances: int) -> Iterator[list[CachedInstance]]:
+    """Whole dialogues, about `BATCH_TOKENS` tokens at a time."""
+    batch: list[CachedInstance] = []
+    for index in range(n_instances):
+        batch.append(cache.instance(index))
+        if sum(map(len, batch)) >= BATCH_TOKENS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _token_sets(batch: list[CachedInstance]) -> tuple[Tensor, Tensor]:
+    """Masks bool `[splits, n]` and dialogue numbers `[n]` of the tokens of a batch."""
+    types = np.concatenate([instance.token_types for instance in batch])
+    masks = torch.from_numpy(np.stack([select(types, split) for split in SPLITS]))
+    return masks, torch.repeat_interleave(torch.tensor([len(instance) for instance in batch]))
+
+
+def _write(candidate: _Candidate, cache: Cache, n_instances: int) -> dict[str, Any]:
+    result = {
+        "sae": str(candidate.folder),
+        "architecture": candidate.sae.architecture,
+        "hook_point": candidate.info["hook_point"],
+        "trained_on": candidate.info["method"]["name"],
+        "training": candidate.info["training"],
+        "held_out": {
+            "cache": str(cache.path),
+            "fingerprint": fingerprint(cache.manifest.identity),
+            "split": cache.manifest.identity["corpus"]["split"],
+            "dialogues": n_instances,
+        },
+        **candidate.metrics.result(),
+    }
+    write_json_atomic(candidate.folder / EVALUATION_FILE, result)
+    return result

@@ -1,0 +1,1 @@
+"""train: cache -> shuffled units -> mixing buffer -> an SAE."""

@@ -1,0 +1,122 @@
+"""The train stage: batches from the cache go into a trainer; log, checkpoints and the finished SAE go into `out`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcache.cache_format.reader import Cache, Rows, open_cache
+from fastcache.config import as_dict
+from fastcache.errors import InputError
+from fastcache.files import fingerprint, write_bytes_atomic
+from fastcache.interrupt import deferred_interrupt
+from fastcache.progress import Progress
+from fastcache.rundir import output_directory, require_space
+from fastcache.sae.storage import INFO_FILE, load_sae, save_sae
+from fastcache.stages.train.checkpoint import load_checkpoint, save_checkpoint
+from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
+from fastcache.stages.train.stream import MixingBuffer, UnitStream
+from fastcache.stages.train.trainer import Trainer
+
+PAPER_TOKENS = 40_960_000
+MEDIAN_UNITS = 32
+METRICS_FILE = "metrics.jsonl"
+
+
+def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
+    """Stored rows as a float32 tensor on `device`; exact."""
+    if logical_dtype == "bfloat16":
+        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16).to(device).float()
+    return torch.from_numpy(rows).to(device).float()
+
+
+def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
+    """Train one SAE into `out`, or go on training it; returns its sae.json.
+
+    Raises `InputError` for a cache that can't serve, `MismatchError` if `out` was begun otherwise, `NonFiniteError`.
+    """
+    cache = open_cache(config.cache)
+    if not cache.complete:
+        raise InputError(f"{config.cache} is not complete: run its `fastcache extract` command again to finish it.")
+    if cache.manifest.identity["corpus"]["split"] != "train":
+        raise InputError(f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of --split train.")
+    hook = cache.require_hook(None if config.layer is None else f"resid_post.{config.layer}")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    n_steps = (config.tokens or min(cache.n_tokens, PAPER_TOKENS)) // config.batch_size
+    if n_steps < 1:
+        raise InputError(f"--tokens {config.tokens} is less than one batch of {config.batch_size}.")
+    settings = {**as_dict(config), "cache_fingerprint": fingerprint(cache.manifest.identity)}
+    parameters = 2 * config.expansion * cache.d_in**2
+    require_space(out, 4 * parameters * 10, "An SAE of this size with its checkpoints")
+    with output_directory(out, "train", settings, free=FREE_ON_RESUME, fresh=fresh):
+        if (out / INFO_FILE).exists():
+            progress.say(f"{out} is trained; nothing to do (--fresh starts over).")
+            return load_sae(out)[1]
+        trainer = Trainer(config, cache.d_in, n_steps, device)
+        buffer = MixingBuffer(cache, hook, config.buffer_tokens, config.batch_size, config.seed)
+        if not load_checkpoint(out, trainer, buffer):
+            trainer.initialise(_median_sample(cache, hook, config.seed, device))
+        _cut_log(out, trainer.step_number)
+        _run(trainer, buffer, cache.manifest.dtype, out, progress, device)
+        info = _provenance(config, cache, hook, n_steps)
+        save_sae(out, trainer.sae, info)
+    return info
+
+
+def _median_sample(cache: Cache, hook: str, seed: int, device: str) -> Tensor:
+    """Rows of some random units, for the geometric median."""
+    units = UnitStream(cache, hook, seed)
+    n_units = min(MEDIAN_UNITS, -(-cache.n_tokens // 256))
+    rows = np.concatenate([units.next_unit()[1] for _ in range(n_units)])
+    return to_tensor(rows, cache.manifest.dtype, device)
+
+
+def _run(trainer: Trainer, buffer: MixingBuffer, dtype: str, out: Path, progress: Progress, device: str) -> None:
+    config = trainer.config
+    with (
+        (out / METRICS_FILE).open("a") as log,
+        progress.task(f"train {config.arch}", trainer.n_steps * config.batch_size, "tokens") as task,
+        deferred_interrupt() as interrupt,
+    ):
+        task.advance(trainer.step_number * config.batch_size)
+        while trainer.step_number < trainer.n_steps:
+            x = to_tensor(buffer.next_batch()[1], dtype, device)
+            figures = trainer.step(x)
+            last = trainer.step_number == trainer.n_steps
+            save = interrupt.requested or (trainer.step_number % config.checkpoint_every == 0 and not last)
+            note = ""
+            if last or save or trainer.step_number % config.log_every == 0:
+                line = trainer.figures(x, figures)
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                note = "loss {loss:.4g}  L0 {l0:.1f}  FVU {fvu:.3f}  dead {dead_latents}".format(**line)
+            if save:
+                save_checkpoint(out, trainer, buffer)
+            task.advance(len(x), note)
+            if interrupt.requested:
+                raise KeyboardInterrupt
+
+
+def _cut_log(out: Path, step_number: int) -> None:
+    """Drop the lines of steps after the checkpoint: they are done again."""
+    path = out / METRICS_FILE
+    if path.exists():
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step_number]
+        write_bytes_atomic(path, b"".join(kept))
+
+
+def _provenance(config: TrainConfig, cache: Cache, hook: str, n_steps: int) -> dict[str, Any]:
+    identity = cache.manifest.identity
+    return {
+        "hook_point": hook,
+        "model": identity["model"],
+        "tokenizer": identity["tokenizer"],
+        "method": identity["method"],
+        "corpus": identity["corpus"],
+        "cache_fingerprint": fingerprint(identity),
+        "training": {**config.identity(), "steps": n_steps, "tokens": n_steps * config.batch_size},
+    }
