@@ -22,14 +22,15 @@ class Metrics:
     splits: tuple[str, ...]
     d_in: int
     d_sae: int
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         s = len(self.splits)
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.double)  # noqa: E731
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.double, device=self.device)  # noqa: E731
         self.n_tokens, self.squared_error, self.l0, self.x_squared = zeros(s), zeros(s), zeros(s), zeros(s)
         self.x_sum = zeros(s, self.d_in)
         self.n_dialogues, self.dialogue_mse = zeros(s), zeros(s)
-        self.n_fired = torch.zeros(self.d_sae, dtype=torch.long)
+        self.n_fired = torch.zeros(self.d_sae, dtype=torch.long, device=self.device)
 
     @torch.no_grad()
     def update(self, sae: Sae, x: Tensor, masks: Tensor, dialogues: Tensor) -> None:
@@ -44,7 +45,7 @@ class Metrics:
         self.l0 += mask @ active.sum(1).double()
         self.x_squared += mask @ wide.square().sum(1)
         self.x_sum += mask @ wide
-        per_dialogue = torch.zeros(2, len(mask), int(dialogues.max()) + 1, dtype=torch.double)
+        per_dialogue = error.new_zeros(2, len(mask), int(dialogues.max()) + 1)
         per_dialogue[0].index_add_(1, dialogues, mask * error)
         per_dialogue[1].index_add_(1, dialogues, mask)
         sums, counts = per_dialogue

@@ -74,7 +74,7 @@ def _load(folder: Path, cache: Cache, device: str) -> _Candidate:
             raise MismatchError(f"{folder} and {cache.path} come from different {name}s ({'; '.join(found)}).")
     if sae.d_in != cache.d_in:
         raise MismatchError(f"{folder} has d_in {sae.d_in}, but {cache.path} has {cache.d_in}.")
-    return _Candidate(folder, sae.to(device), info, Metrics(tuple(SPLITS), sae.d_in, sae.d_sae))
+    return _Candidate(folder, sae.to(device), info, Metrics(tuple(SPLITS), sae.d_in, sae.d_sae, device))
 
 
 def _batches(cache: Cache, n_instances: int) -> Iterator[list[CachedInstance]]:

@@ -1,0 +1,91 @@
+"""The `fastcache` command: finds the commands, and turns errors into one paragraph and an exit code."""
+
+import errno
+import importlib
+import shlex
+import shutil
+import sys
+import textwrap
+from typing import Any, NoReturn
+
+import click
+
+from fastcache import __version__
+from fastcache.errors import FastcacheError
+
+COMMANDS = {
+    "demo": "The whole pipeline on a small embedded model, in minutes.",
+    "prepare": "Make a deduplicated, shuffled, split corpus out of data sets.",
+    "extract": "Run the model once over a corpus; cache its residual activations.",
+    "train": "Train a sparse autoencoder from a cache.",
+    "evaluate": "Measure SAEs on a held-out cache, by kind of token.",
+    "report": "One HTML page with the tables and plots of evaluated runs.",
+    "inspect": "Show what is in a corpus, a cache or a trained SAE.",
+}
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+HELP = """Cache an LLM's residual activations over chat dialogues once; train many SAEs from the cache.
+
+\b
+Examples:
+  fastcache demo
+  fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18
+  fastcache train --cache DIR --arch jumprelu
+"""
+
+
+class LazyGroup(click.Group):
+    """Lists the commands without importing them: `fastcache --help` stays quick."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Names in the order in which they are used."""
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        """Import the module of the command `name`."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"fastcache.pipeline.commands.{name}").command
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands in `--help`."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="fastcache")
+def cli() -> None:
+    """The root of all commands."""
+
+
+def fail(message: str) -> NoReturn:
+    """Print one paragraph and leave."""
+    width = min(100, shutil.get_terminal_size().columns)
+    paragraph = textwrap.fill(f"Error: {message}", width=width, break_long_words=False, break_on_hyphens=False)
+    click.echo(paragraph, err=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def main(arguments: list[str] | None = None, **_extra: Any) -> None:
+    """Run the command line."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(given, prog_name="fastcache", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        resume = shlex.join(["fastcache", *(argument for argument in given if argument != "--fresh")])
+        click.echo(f"\nInterrupted. What is finished is kept; to resume, run:\n  {resume}", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except FastcacheError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        fail(f"{error.strerror}{place}. What was committed before is kept; mend it and run the same command to resume.")

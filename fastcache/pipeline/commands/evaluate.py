@@ -1,0 +1,32 @@
+"""`fastcache evaluate`."""
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.options import resolve, settings_options
+from fastcache.stages.evaluate.config import EvaluateConfig
+
+HELP = """Measure SAEs on held-out dialogues: MSE by kind of token, FVU, L0, dead latents. No model is needed.
+
+Writes evaluation.json into each SAE's folder.
+
+\b
+Examples:
+  fastcache evaluate --sae DIR --cache fastcache-runs/cache-demo-fast-eval-layer-2
+  fastcache evaluate --sae A --sae B --sae C --cache HELD_OUT_CACHE
+"""
+
+
+@click.command(help=HELP)
+@settings_options(EvaluateConfig)
+def command(**given: Any) -> None:
+    """Run the evaluate stage."""
+    config = resolve(EvaluateConfig, given)
+    from fastcache.pipeline.show import show_evaluations
+    from fastcache.stages.evaluate.run import evaluate
+
+    console = Console()
+    show_evaluations(console, evaluate(config, RichProgress(console)))

@@ -1,0 +1,36 @@
+"""`fastcache prepare`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.options import output_options, resolve, settings_options
+from fastcache.pipeline.places import corpus_place
+from fastcache.stages.prepare.config import PrepareConfig
+
+HELP = """Make a corpus: one schema, the paper's deduplication, a seeded permutation, a train/eval split by dialogue.
+
+\b
+Examples:
+  fastcache prepare --source demo
+  fastcache prepare --source chats.jsonl --source more.parquet --out corpus
+  fastcache prepare --source allenai/tulu-3-sft-mixture --max-rows 100_000
+"""
+
+
+@click.command(help=HELP)
+@output_options
+@settings_options(PrepareConfig)
+def command(out: Path | None, fresh: bool, **given: Any) -> None:
+    """Run the prepare stage."""
+    config = resolve(PrepareConfig, given)
+    from fastcache.pipeline.show import show_corpus
+    from fastcache.stages.prepare.run import prepare
+
+    console = Console()
+    place = out or corpus_place("-".join(Path(source).name for source in config.source))
+    info = prepare(config, place, RichProgress(console), fresh)
+    show_corpus(console, place, info)

@@ -1,0 +1,118 @@
+"""What commands print at the end, and what `inspect` shows: small tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastcache.cache_format.reader import Cache
+from fastcache.files import read_json
+
+SPLIT_TITLES = {"all": "all", "special": "special", "special_not_first": "special, not first", "content": "content"}
+
+
+def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _figure(value: float | None, places: int = 3) -> str:
+    return "-" if value is None else f"{value:,.{places}f}"
+
+
+def show_corpus(console: Console, path: Path, info: dict[str, Any]) -> None:
+    """Rows by split, and every dropped row by reason."""
+    splits = ", ".join(f"{name} {count:,}" for name, count in info["splits"].items())
+    rows = [("kind", info["kind"]), ("rows", splits), ("fingerprint", info["fingerprint"][:16])]
+    for source, counts in info["counts"].items():
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in counts["dropped"].items()) or "none"
+        rows.append((f"from {source}", f"{counts['kept']:,} of {counts['rows']:,} rows; dropped: {dropped}"))
+    console.print(_facts(f"Corpus {path}", rows))
+
+
+def show_cache(console: Console, cache: Cache) -> None:
+    """Model, method, size, tokens by type, ledger, parity and norms."""
+    manifest = cache.manifest
+    identity, totals, ledger = manifest.identity, manifest.totals, manifest.ledger
+    method = {name: value for name, value in identity["method"].items() if name != "name" and value is not None}
+    rows = [
+        ("state", manifest.state if cache.complete else "not complete: run its extract command again"),
+        ("model", f"{identity['model']['name']}, run in {identity['model_dtype']}"),
+        ("method", f"{identity['method']['name']} ({', '.join(f'{k} {v}' for k, v in method.items())})"),
+        ("corpus", f"{identity['corpus']['fingerprint'][:16]}, split {identity['corpus']['split']}"),
+        ("tokens", f"{cache.n_tokens:,} in {cache.n_instances:,} sequences, {len(cache.parts)} parts"),
+    ]
+    if totals:
+        types = ", ".join(f"{name.lower().replace('_', ' ')} {n:,}" for name, n in totals["tokens_by_type"].items())
+        skipped = ", ".join(f"{reason} {count:,}" for reason, count in ledger["skipped"].items()) or "0"
+        counts = f"stored {ledger['stored']:,}, truncated {ledger['truncated']:,}, skipped {skipped}"
+        rows += [
+            ("by type", types),
+            ("size", f"{totals['n_bytes'] / 1e6:,.1f} MB, {manifest.dtype}, d_in {manifest.d_in}"),
+            ("ledger", f"{ledger['rows']:,} rows: {counts}, not reached {ledger['not reached']:,}"),
+        ]
+    for hook, parity in manifest.parity.get("hook_points", {}).items():
+        difference = f"max abs difference {parity['max_abs_difference']:.1e}, relative {parity['max_relative_l2']:.1e}"
+        rows.append((f"parity {hook}", f"{difference}, {len(manifest.parity['lengths'])} sequences"))
+    console.print(_facts(f"Cache {cache.path}", rows))
+    if manifest.statistics:
+        console.print(_norms(manifest.statistics))
+
+
+def _norms(statistics: dict[str, Any]) -> Table:
+    table = Table(title="Norms of the residual stream", title_justify="left")
+    for name in ("hook point", "tokens", "count", "mean", "1 %", "median", "99 %", "largest dimensions"):
+        table.add_column(name, justify="left" if name in ("hook point", "tokens") else "right")
+    for hook, groups in statistics.items():
+        for group, figures in groups.items():
+            if not figures["count"]:
+                continue
+            quantiles = [_figure(figures["norm_quantiles"][q], 2) for q in ("0.01", "0.5", "0.99")]
+            top = ", ".join(str(dimension) for dimension, _ in figures["top_dimensions"][:3])
+            title = SPLIT_TITLES.get(group, group)
+            table.add_row(hook, title, f"{figures['count']:,}", _figure(figures["norm_mean"], 2), *quantiles, top)
+    return table
+
+
+def show_sae(console: Console, path: Path) -> None:
+    """What an SAE was trained on, how, and where its training stands."""
+    run = read_json(path / "run.json")
+    settings = {key: value for key, value in run["settings"].items() if value is not None and key != "cache_fingerprint"}
+    finished = (path / "sae.json").exists()
+    rows = [("state", "trained" if finished else "not finished: run its train command again")]
+    if finished:
+        info = read_json(path / "sae.json")
+        rows += [
+            ("architecture", f"{info['architecture']}, d_in {info['d_in']}, d_sae {info['d_sae']}"),
+            ("of", f"{info['model']['name']} {info['hook_point']}, method {info['method']['name']}"),
+            ("trained", f"{info['training']['tokens']:,} tokens in {info['training']['steps']:,} steps"),
+        ]
+    rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
+    if lines := (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []:
+        last = json.loads(lines[-1])
+        figures = f"L0 {last['l0']:.1f}, FVU {last['fvu']:.4f}, dead {last['dead_latents']}"
+        rows.append((f"step {last['step']}", f"loss {last['loss']:.4g}, {figures}"))
+    console.print(_facts(f"SAE {path}", rows))
+
+
+def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> None:
+    """One line an SAE; MSE as in the paper's tables, log2 of the mean over dialogues."""
+    held_out = evaluations[0]["held_out"]
+    title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}. MSE: log2 of the mean over dialogues"
+    table = Table(title=title, title_justify="left")
+    for name in ("trained on", "layer", "architecture"):
+        table.add_column(name)
+    columns = ("L0", "FVU", "dead", *(f"MSE {title}" for title in SPLIT_TITLES.values()))
+    for name in columns:
+        table.add_column(name, justify="right")
+    for result in evaluations:
+        splits = result["splits"]
+        mse = [_figure(splits[split].get("log2_mse")) for split in SPLIT_TITLES]
+        layer = result["hook_point"].rpartition(".")[2]
+        figures = [_figure(splits["all"]["l0"], 1), _figure(splits["all"]["fvu"], 4), f"{result['dead_share']:.1%}"]
+        table.add_row(result["trained_on"], layer, result["architecture"], *figures, *mse)
+    console.print(table)

@@ -1,0 +1,1 @@
+"""report: evaluated runs -> one self-contained HTML page."""

@@ -1,0 +1,136 @@
+"""The report's plots, as SVG text that takes the page's colours, so that dark and light both work."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
+OTHER_COLOUR = "#868e96"
+MARKERS = {"standard": "o", "jumprelu": "^"}
+INK = "#010203"  # replaced by the page's text colour
+
+Evaluation = dict[str, Any]
+Lines = list[dict[str, float]]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fastcache",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "legend.frameon": False,
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*" ', r"\1\2", text, count=1)
+
+
+def _grid(n: int, width: float = 4.2, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+    columns = min(n, 2)
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    flat = list(axes.flat)
+    for unused in flat[n:]:
+        unused.set_visible(False)
+    return figure, flat
+
+
+def _panels(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
+    return sorted({(e["architecture"], e["hook_point"]) for e in evaluations}, reverse=True)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=max(1, len(labels)), bbox_to_anchor=(0.5, 1.06))
+
+
+def error_by_tokens(evaluations: list[Evaluation], titles: dict[str, str]) -> str:
+    """Bars of log2 MSE by set of tokens, a panel for each architecture and layer, a colour for each method."""
+    with _style():
+        panels = _panels(evaluations)
+        figure, axes = _grid(len(panels))
+        for ax, (architecture, hook) in zip(axes, panels, strict=False):
+            members = [e for e in evaluations if (e["architecture"], e["hook_point"]) == (architecture, hook)]
+            width = 0.8 / len(members)
+            for i, evaluation in enumerate(members):
+                method = evaluation["trained_on"]
+                values = [evaluation["splits"][split].get("log2_mse") or 0.0 for split in titles]
+                positions = [x + (i - (len(members) - 1) / 2) * width for x in range(len(titles))]
+                ax.bar(positions, values, width * 0.92, color=METHOD_COLOURS.get(method, OTHER_COLOUR), label=method)
+            ax.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles.values()])
+            ax.axhline(0, color=INK, linewidth=0.6)
+            ax.set_title(f"{architecture}, {hook}")
+            ax.set_ylabel("log2 MSE")
+        _legend(figure, axes[0])
+        figure.tight_layout()
+        return _svg(figure)
+
+
+def error_against_l0(evaluations: list[Evaluation]) -> str:
+    """Scatter of FVU against L0, a panel a layer: what an SAE's error costs in active latents."""
+    with _style():
+        hooks = sorted({e["hook_point"] for e in evaluations})
+        figure, axes = _grid(len(hooks))
+        for ax, hook in zip(axes, hooks, strict=False):
+            for evaluation in (e for e in evaluations if e["hook_point"] == hook):
+                method, architecture, figures = evaluation["trained_on"], evaluation["architecture"], evaluation["splits"]["all"]
+                colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
+                ax.scatter(
+                    figures["l0"], figures["fvu"], s=46, color=colour, marker=MARKERS.get(architecture, "s"),
+                    alpha=0.85, label=f"{method} {architecture}",
+                )  # fmt: skip
+            ax.set_title(hook)
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.set_xlabel("L0 (active latents per token)")
+            ax.set_ylabel("FVU")
+        _legend(figure, axes[0])
+        figure.tight_layout()
+        return _svg(figure)
+
+
+def training_curves(runs: list[tuple[Evaluation, Lines]]) -> str:
+    """FVU of the training batches, a panel for each architecture and layer."""
+    with _style():
+        panels = _panels([evaluation for evaluation, _ in runs])
+        figure, axes = _grid(len(panels))
+        for ax, panel in zip(axes, panels, strict=False):
+            for evaluation, lines in runs:
+                if (evaluation["architecture"], evaluation["hook_point"]) != panel:
+                    continue
+                tokens = [line["step"] * evaluation["training"]["batch_size"] for line in lines]
+                method = evaluation["trained_on"]
+                colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
+                ax.plot(tokens, [line["fvu"] for line in lines], color=colour, label=method, linewidth=1.4)
+            ax.set_title(", ".join(panel))
+            ax.set_yscale("log")
+            ax.set_xlabel("training tokens")
+            ax.set_ylabel("FVU of the batch")
+        _legend(figure, axes[0])
+        figure.tight_layout()
+        return _svg(figure)
