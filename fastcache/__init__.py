@@ -1,7 +1,7 @@
 """fastcache: cache an LLM's residual activations over chat dialogues once, train many SAEs from the cache.
 
-    cache = fastcache.open_cache("my-cache")
-    cache.instance(0).residuals("resid_post.18")  # float32 numpy [n_tokens, d_in]
+cache = fastcache.open_cache("my-cache")
+cache.instance(0).residuals("resid_post.18")  # float32 numpy [n_tokens, d_in]
 """
 
 from typing import TYPE_CHECKING, Any

@@ -48,7 +48,9 @@ class Corpus:
         self.path = path
         self.info: dict[str, Any] = read_json(path / CORPUS_FILE)
         if self.info.get("format") != "fastcache-corpus" or str(self.info.get("format_version"))[:2] != "1.":
-            raise FormatError(f"{path / CORPUS_FILE} is not a fastcache corpus of version 1.x. Run `fastcache prepare`.")
+            raise FormatError(
+                f"{path / CORPUS_FILE} is not a fastcache corpus of version 1.x. Run `fastcache prepare`."
+            )
 
     @property
     def fingerprint(self) -> str:

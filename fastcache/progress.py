@@ -1,7 +1,6 @@
 """How long work reports itself: stages speak to this small interface, the command line draws it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -15,35 +14,22 @@ class Task(Protocol):
 class Progress(Protocol):
     """Where tasks are shown."""
 
-    def task(self, name: str, total: int | None, unit: str) -> "AbstractTaskContext":
+    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
         """A context that yields a `Task` of `total` `unit`s."""
 
     def say(self, text: str) -> None:
         """Print one line that stays."""
 
 
-class AbstractTaskContext(Protocol):
-    """Context manager of a `Task`."""
-
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *error: object) -> bool | None: ...
-
-
-class _SilentTask:
-    def advance(self, amount: int, note: str = "") -> None:
-        pass
-
-
 class Silent:
-    """Shows nothing: for library use and tests."""
+    """Shows nothing: for library use and tests. It is its own task."""
 
-    @contextmanager
-    def _context(self) -> Iterator[Task]:
-        yield _SilentTask()
+    def advance(self, amount: int, note: str = "") -> None:
+        """See `Task.advance`."""
 
-    def task(self, name: str, total: int | None, unit: str) -> AbstractTaskContext:
+    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
         """See `Progress.task`."""
-        return self._context()
+        return nullcontext(self)
 
     def say(self, text: str) -> None:
         """See `Progress.say`."""

@@ -58,7 +58,9 @@ def output_directory(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by itself when the process is killed
         except BlockingIOError as error:
-            raise BusyError(f"Another fastcache process is writing to {path}. Wait, or choose another --out.") from error
+            raise BusyError(
+                f"Another fastcache process is writing to {path}. Wait, or choose another --out."
+            ) from error
         if ours:
             _check_same(path, command, settings, free, fresh)
         if ours and fresh:

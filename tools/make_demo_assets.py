@@ -197,7 +197,7 @@ def main() -> None:
         document_chars=sum(len(d["text"]) for d in documents),
         dialogue_chars=sum(len(m["content"]) for d in dialogues for m in d["messages"]),
         python=platform.python_version(), steps=arguments.steps,
-        batch_tokens=arguments.batch_tokens, 
+        batch_tokens=arguments.batch_tokens,
         document_loss=document_loss, dialogue_loss_before=before, dialogue_loss=after, uniform=math.log(len(tokenizer)),
     )  # fmt: skip
     (out / "README.md").write_text(card)

@@ -6,13 +6,13 @@ Both are rebuilt from the running interpreter's own docstrings, signatures and l
 
 import ast
 import inspect
-import os
 import random
 import re
 import sysconfig
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo", "ensurepip"}
 EMAIL = re.compile(r"<?[\w.+-]+@[\w-]+\.[\w.-]+>?")
@@ -43,9 +43,8 @@ def _signature(node: ast.AST) -> str:
     return ""
 
 
-def _entries_of(module: str, path: str) -> Iterator[Entry]:
-    with open(path, encoding="utf-8", errors="ignore") as file:
-        text = file.read()
+def _entries_of(module: str, path: Path) -> Iterator[Entry]:
+    text = path.read_text(encoding="utf-8", errors="ignore")
     try:
         tree = ast.parse(text)
     except SyntaxError:
@@ -73,16 +72,12 @@ def _entries_of(module: str, path: str) -> Iterator[Entry]:
 
 def library_entries() -> list[Entry]:
     """All documented public objects of the pure-Python standard library, in path order."""
-    root = sysconfig.get_paths()["stdlib"]
+    root = Path(sysconfig.get_paths()["stdlib"])
     entries: list[Entry] = []
-    for folder, subfolders, files in sorted(os.walk(root)):
-        subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS)
-        if any(part in SKIPPED_FOLDERS for part in os.path.relpath(folder, root).split(os.sep)):
-            continue
-        for name in sorted(files):
-            if name.endswith(".py") and not name.startswith(("_sysconfigdata", "_")) or name == "__init__.py":
-                module = os.path.relpath(os.path.join(folder, name), root)[:-3].replace(os.sep, ".")
-                entries += _entries_of(module.removesuffix(".__init__"), os.path.join(folder, name))
+    for path in sorted(root.rglob("*.py"), key=lambda path: (path.parent, path.name)):
+        relative = path.relative_to(root)
+        if SKIPPED_FOLDERS.isdisjoint(relative.parts) and (not path.name.startswith("_") or path.stem == "__init__"):
+            entries += _entries_of(".".join(relative.with_suffix("").parts).removesuffix(".__init__"), path)
     return entries
 
 

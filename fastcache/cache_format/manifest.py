@@ -6,6 +6,7 @@ what a crash leaves and is cut off by the next writer; a bad line anywhere else 
 
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def load_manifest(root: Path) -> Manifest:
     """Read and check manifest.json; raises `FormatError` for other formats, other major versions, wrong types."""
     path = root / MANIFEST_FILE
     if not path.is_file():
-        raise FormatError(f"{root} is not a fastcache cache: it has no {MANIFEST_FILE}. Give the --out of an extract run.")
+        raise FormatError(
+            f"{root} is not a fastcache cache: it has no {MANIFEST_FILE}. Give the --out of an extract run."
+        )
     raw = read_json(path)
     version = raw.pop("format_version", None)
     if raw.pop("format", None) != FORMAT_NAME or not isinstance(version, str):
@@ -164,7 +167,7 @@ def read_log(root: Path) -> list[PartRecord]:
     path = root / LOG_FILE
     records, _ = _split_log(path.read_bytes()) if path.exists() else ([], 0)
     records.sort(key=lambda record: record.index)
-    for before, after in zip(records, records[1:], strict=False):
+    for before, after in pairwise(records):
         if before.index == after.index:
             raise FormatError(f"{path}: part {after.index} is listed twice.")
     return records

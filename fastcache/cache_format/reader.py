@@ -3,6 +3,7 @@
 Opening reads two small files, whatever the size of the cache; it loads no model, no data set and no torch.
 """
 
+import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -36,14 +37,16 @@ class Part:
     @cached_property
     def _group(self) -> zarr.Group:
         if self.path.is_symlink() or not self.path.is_dir():
-            raise IntegrityError(f"The part {self.path} is listed in the log but missing. Restore it, or extract again.")
+            raise IntegrityError(
+                f"The part {self.path} is listed in the log but missing. Restore it, or extract again."
+            )
         return zarr.open_group(self.path, mode="r")
 
-    def _array(self, name: str, shape: tuple[int, ...] | None, dtype: str) -> zarr.Array[Any]:
+    def _array(self, name: str, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> zarr.Array[Any]:
         array = self._group.get(name)
         if not isinstance(array, zarr.Array):
             raise FormatError(f"{self.path} has no array {name!r}.")
-        if str(array.dtype) != dtype or (shape is not None and array.shape != shape):
+        if (dtype and str(array.dtype) != dtype) or (shape is not None and array.shape != shape):
             found = f"{array.dtype} {array.shape}"
             raise FormatError(f"{self.path}/{name} should be {dtype} {shape or ''}, found {found}.")
         return array
@@ -84,8 +87,9 @@ class Part:
 
     def moments(self, hook: str) -> Moments:
         """The statistics of this part's rows."""
-        values = {name: np.asarray(self._group[f"{hook}.statistics.{name}"][...]) for name in Moments.__dataclass_fields__}  # type: ignore[index]
-        return Moments(**values)
+        names = (field.name for field in dataclasses.fields(Moments))
+        arrays = {name: self._array(f"{hook}.statistics.{name}") for name in names}
+        return Moments(**{name: np.asarray(array[...]) for name, array in arrays.items()})
 
 
 class CachedInstance:
@@ -167,7 +171,9 @@ class Cache:
         if hook_point not in self.hook_points:
             chosen = "none was chosen" if hook_point is None else f"{hook_point!r} was asked for"
             guess = nearest(hook_point, self.hook_points) if hook_point else ""
-            raise InputError(f"{self.path} holds {', '.join(self.hook_points)}; {chosen}. Choose one with --layer.{guess}")
+            raise InputError(
+                f"{self.path} holds {', '.join(self.hook_points)}; {chosen}. Choose one with --layer.{guess}"
+            )
         return hook_point
 
     def instance(self, index: int) -> CachedInstance:

@@ -82,7 +82,7 @@ def select(token_types: npt.NDArray[np.uint8], split: str) -> npt.NDArray[np.boo
 
 def turn_roles(token_types: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """`TurnRole` of each token `[n]`."""
-    return token_types >> ROLE_SHIFT
+    return np.right_shift(token_types, ROLE_SHIFT, dtype=np.uint8)
 
 
 def hook_point(layer: int) -> str:
@@ -119,7 +119,9 @@ def encode(residuals: npt.NDArray[np.float32], logical_dtype: str) -> npt.NDArra
             stored = residuals.astype(np.float16)
         if not np.isfinite(stored).all():
             largest = float(np.abs(residuals).max())
-            raise FormatError(f"A residual of {largest:.4g} overflows float16 (65,504). Use --dtype bfloat16 or float32.")
+            raise FormatError(
+                f"A residual of {largest:.4g} overflows float16 (65,504). Use --dtype bfloat16 or float32."
+            )
         return stored
     bits = residuals.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)

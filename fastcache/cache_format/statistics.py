@@ -65,7 +65,7 @@ class Moments:
 
     def merge(self, other: "Moments") -> None:
         """Take in the rows of `other`."""
-        for g in np.flatnonzero(other.count):
+        for g in np.flatnonzero(other.count).tolist():
             self._merge(g, int(other.count[g]), other.mean[g], other.squared_deviation[g])
         self.norm_counts += other.norm_counts
         self.norm_sum += other.norm_sum

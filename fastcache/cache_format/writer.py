@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.core.array_spec import ArrayConfigParams
 
 from fastcache.cache_format.manifest import Manifest, PartRecord, append_log, load_manifest, read_log
 from fastcache.cache_format.schema import (
@@ -32,7 +33,7 @@ from fastcache.config import differences
 from fastcache.errors import FormatError, MismatchError, NonFiniteError
 from fastcache.files import fsync_directory, fsync_tree
 
-WHOLE_CHUNKS = {"write_empty_chunks": True}
+WHOLE_CHUNKS: ArrayConfigParams = {"write_empty_chunks": True}
 """Zarr leaves out chunks of zeros unless told otherwise; a whole file is checkable, a missing one isn't."""
 
 

@@ -100,7 +100,9 @@ class ChatRenderer:
                 )
             spans += self._template_spans(piece, position, messages, index)
             # A stripped content is a prefix of itself with blanks: take the longer one that the template kept.
-            content = candidates[0] if self._continues(text, start, candidates[0], marked, markers, index) else candidates[-1]
+            content = (
+                candidates[0] if self._continues(text, start, candidates[0], marked, markers, index) else candidates[-1]
+            )
             spans.append(_Span(start, start + len(content), ROLES[message["role"]], True))
             position = start + len(content)
         if text[position:] != marked:
@@ -151,7 +153,9 @@ class ChatRenderer:
         names = (role, "model") if role == "assistant" else (role,)
         if opener > 0 and not any(name in header for name in names):
             # Llama closes its header with a special token of its own: go back to the one that opens it.
-            opener = max((p for p in (piece.rfind(self._tokenizer.decode([i]), 0, opener) for i in self._special)), default=0)
+            opener = max(
+                (p for p in (piece.rfind(self._tokenizer.decode([i]), 0, opener) for i in self._special)), default=0
+            )
         return max(opener, 0)
 
     def _tokenize(self, text: str, spans: list[_Span]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

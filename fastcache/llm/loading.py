@@ -61,7 +61,9 @@ def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
         if source.is_local:
             advice = f"{source.path} is a folder, but not one that transformers can load"
         else:
-            advice = "It is no folder here, and the hub could not give it: check the name, the network, or `hf auth login`"
+            advice = (
+                "It is no folder here, and the hub could not give it: check the name, the network, or `hf auth login`"
+            )
         raise ModelError(f"The {what} of model {source.name!r} can't be loaded. {advice}. ({reason})") from error
     finally:
         logger.setLevel(level)

@@ -28,7 +28,9 @@ def spread(lengths: Sequence[int], count: int) -> list[int]:
     return [order[pick] for pick in picks]
 
 
-def reference_residuals(source: ModelSource, hook_points: Sequence[str]) -> Callable[[npt.NDArray[np.int32]], Residuals]:
+def reference_residuals(
+    source: ModelSource, hook_points: Sequence[str]
+) -> Callable[[npt.NDArray[np.int32]], Residuals]:
     """A function that computes the residuals of one sequence with the plain, whole, float32 model on the CPU."""
     model: Any = load_base_model(source, None, torch.float32, "cpu")
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -43,7 +45,9 @@ def reference_residuals(source: ModelSource, hook_points: Sequence[str]) -> Call
     def residuals(token_ids: npt.NDArray[np.int32]) -> Residuals:
         ids = torch.from_numpy(token_ids.astype(np.int64))[None]
         states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        by_layer = {layer: last[0] if layer == n_layers - 1 else states[layer + 1] for layer in map(layer_of, hook_points)}
+        by_layer = {
+            layer: last[0] if layer == n_layers - 1 else states[layer + 1] for layer in map(layer_of, hook_points)
+        }
         return {hook: by_layer[layer_of(hook)][0].numpy() for hook in hook_points}
 
     return residuals
@@ -75,4 +79,8 @@ def check_parity(
                     f"{RELATIVE_LIMITS[model_dtype]:.0e}. Nothing was written. Try --model-dtype float32."
                 )
     lengths = [len(token_ids) for token_ids in sequences]
-    return {"reference": "transformers, whole model, float32, unbatched, cpu", "lengths": lengths, "hook_points": figures}
+    return {
+        "reference": "transformers, whole model, float32, unbatched, cpu",
+        "lengths": lengths,
+        "hook_points": figures,
+    }

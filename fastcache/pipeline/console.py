@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fastcache.progress import AbstractTaskContext, Task
+from fastcache.progress import Task
 
 SECONDS_BETWEEN_LINES = 20
 
@@ -61,7 +61,7 @@ class RichProgress:
         """Print one line that stays."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def task(self, name: str, total: int | None, unit: str) -> AbstractTaskContext:
+    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
         """See `fastcache.progress.Progress.task`."""
         return self._bar(name, total, unit) if self.console.is_terminal else self._lines(name, total, unit)
 

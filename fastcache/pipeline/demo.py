@@ -6,6 +6,7 @@ Everything is computed here and now; each stage resumes, so an interrupted demo 
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,13 +23,13 @@ METHODS = ("fast", "bt-f", "bt-p")
 LAYERS = (2, 4)
 DEFAULT_TOKENS = 160_000
 
-SHORT_RUN = {"batch_size": 256, "lr": 2e-3, "lr_end": 2e-4}
+SHORT_RUN: dict[str, Any] = {"batch_size": 256, "lr": 2e-3, "lr_end": 2e-4}
 """The paper's learning rate is for 320,000 steps; the demo makes some 600."""
 
-SPARSITY = {
-    "standard": {"coefficient": 2.0},
+SPARSITY: dict[str, dict[str, Any]] = {
+    "standard": {"coefficient": 3.0},
     # With the paper's theta_0 = bandwidth = 0.001, JumpReLU stays nearly dense, the more so in a short run.
-    "jumprelu": {"coefficient": 1.0, "threshold": 1.0, "bandwidth": 2.0},
+    "jumprelu": {"coefficient": 2.0, "threshold": 1.5, "bandwidth": 2.0},
 }
 NOTE = (
     "Twelve small SAEs on a toy chat model of 2.4M parameters, trained on {tokens:,} tokens each: this page shows what "
@@ -94,7 +95,9 @@ def _extract(places: _Places, tokens: int, fresh: bool, progress: RichProgress) 
     from fastcache.stages.extract.run import extract
 
     for method, split in (*((method, "train") for method in METHODS), ("fast", "eval")):
-        config = ExtractConfig(model="demo", layer=LAYERS, method=method, split=split, tokens=tokens, unit_tokens=65_536)
+        config = ExtractConfig(
+            model="demo", layer=LAYERS, method=method, split=split, tokens=tokens, unit_tokens=65_536
+        )
         extract(config, places.corpus(method), places.cache(method, split), progress, fresh)
 
 
@@ -104,7 +107,7 @@ def _train(places: _Places, fresh: bool, progress: RichProgress) -> list[Path]:
 
     # The same number of tokens for each method, so that none is trained longer.
     common = min(open_cache(places.cache(method, "train")).n_tokens for method in METHODS)
-    folders = []
+    folders: list[Path] = []
     for layer in LAYERS:
         for arch, sparsity in SPARSITY.items():
             for method in METHODS:

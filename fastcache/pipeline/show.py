@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -81,7 +82,9 @@ def _norms(statistics: dict[str, Any]) -> Table:
 def show_sae(console: Console, path: Path) -> None:
     """What an SAE was trained on, how, and where its training stands."""
     run = read_json(path / "run.json")
-    settings = {key: value for key, value in run["settings"].items() if value is not None and key != "cache_fingerprint"}
+    settings = {
+        key: value for key, value in run["settings"].items() if value is not None and key != "cache_fingerprint"
+    }
     finished = (path / "sae.json").exists()
     rows = [("state", "trained" if finished else "not finished: run its train command again")]
     if finished:
@@ -102,13 +105,13 @@ def show_sae(console: Console, path: Path) -> None:
 def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> None:
     """One line an SAE; MSE as in the paper's tables, log2 of the mean over dialogues."""
     held_out = evaluations[0]["held_out"]
-    title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}. MSE: log2 of the mean over dialogues"
-    table = Table(title=title, title_justify="left")
-    for name in ("trained on", "layer", "architecture"):
-        table.add_column(name)
-    columns = ("L0", "FVU", "dead", *(f"MSE {title}" for title in SPLIT_TITLES.values()))
-    for name in columns:
-        table.add_column(name, justify="right")
+    title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}; log2 MSE (mean over dialogues) by kind of token"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("data", "layer", "arch"):
+        table.add_column(name, no_wrap=True)
+    headers = ("all", "special", "special,\nnot first", "content")
+    for name in ("L0", "FVU", "dead", *headers):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in evaluations:
         splits = result["splits"]
         mse = [_figure(splits[split].get("log2_mse")) for split in SPLIT_TITLES]

@@ -42,9 +42,9 @@ def initialise(sae: Sae, sample: Tensor, generator: torch.Generator) -> None:
     torch.nn.init.kaiming_uniform_(sae.W_enc, generator=generator)
     torch.nn.init.kaiming_uniform_(sae.W_dec, generator=generator)
     norms = sae.W_dec.norm(dim=1)
-    sae.W_enc *= norms
+    sae.W_enc.mul_(norms)
     sae.b_enc.zero_()
-    sae.W_dec /= norms[:, None]
+    sae.W_dec.div_(norms[:, None])
     if isinstance(sae, JumpReluSae):
-        sae.log_threshold += norms.log()
+        sae.log_threshold.add_(norms.log())
     sae.b_dec.copy_(geometric_median(sample))

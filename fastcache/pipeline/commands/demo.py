@@ -16,7 +16,9 @@ Examples:
 
 
 @click.command(help=HELP)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("fastcache-runs/demo"), show_default=True, metavar="DIR")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("fastcache-runs/demo"), show_default=True, metavar="DIR"
+)
 @click.option("--tokens", default="160_000", show_default=True, metavar="N", help="Tokens to cache for each method.")
 @click.option("--fresh", is_flag=True, help="Start over: remove what an earlier demo left in DIR.")
 def command(out: Path, tokens: str, fresh: bool) -> None:

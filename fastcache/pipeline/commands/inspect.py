@@ -32,4 +32,6 @@ def command(path: Path) -> None:
     elif (path / "run.json").exists():
         show.show_sae(console, path)
     else:
-        raise InputError(f"{path} is no corpus, cache or trained SAE: it has no run.json, corpus.json or manifest.json.")
+        raise InputError(
+            f"{path} is no corpus, cache or trained SAE: it has no run.json, corpus.json or manifest.json."
+        )

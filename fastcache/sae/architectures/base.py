@@ -62,7 +62,7 @@ class Sae(nn.Module):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Scale the decoder rows to unit L2 norm."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
     def remove_parallel_decoder_gradient(self) -> None:

@@ -1,7 +1,7 @@
 """The standard SAE (Bricken et al. 2023; method.md calls it so too).
 
-    f = ReLU(W_enc x + b_enc),  xhat = W_dec f + b_dec
-    loss = ||x - xhat||^2 + lambda ||f||_1, a mean over the batch
+f = ReLU(W_enc x + b_enc),  xhat = W_dec f + b_dec
+loss = ||x - xhat||^2 + lambda ||f||_1, a mean over the batch
 """
 
 import torch

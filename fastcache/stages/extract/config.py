@@ -13,7 +13,9 @@ class ExtractConfig:
     """What is captured, from which model, over which text."""
 
     model: str = option(help="Model: a name on the hub, a folder, or `demo`.")
-    layer: tuple[int, ...] = option(help="Decoder layer after which the residual stream is captured, from 0. Repeatable.")
+    layer: tuple[int, ...] = option(
+        help="Decoder layer after which the residual stream is captured, from 0. Repeatable."
+    )
     corpus: str | None = option(
         None,
         help="Corpus directory of `prepare`, or anything that prepare takes. "

@@ -130,7 +130,9 @@ def extract(config: ExtractConfig, corpus_path: Path, out: Path, progress: Progr
     settings = as_dict(replace(config, corpus=str(corpus_path)))
     sample = [item.instance for item in islice(job.items(), SAMPLE) if item.instance]
     if not sample:
-        raise InputError(f"None of the first {SAMPLE} rows of {corpus_path} could be rendered; see `fastcache inspect`.")
+        raise InputError(
+            f"None of the first {SAMPLE} rows of {corpus_path} could be rendered; see `fastcache inspect`."
+        )
     expected_tokens = _expected_tokens(job, [len(instance.token_ids) for instance in sample])
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
     if not (out / "manifest.json").exists():
@@ -142,7 +144,9 @@ def extract(config: ExtractConfig, corpus_path: Path, out: Path, progress: Progr
             return Cache(out)
         backend = TransformersBackend(source, job.hook_points, job.model_dtype, job.device)
         if config.parity and not writer.manifest.parity:
-            progress.say(f"Parity check of {min(config.parity, len(sample))} sequences against the plain float32 model ...")
+            progress.say(
+                f"Parity check of {min(config.parity, len(sample))} sequences against the plain float32 model ..."
+            )
             picked = spread([len(instance.token_ids) for instance in sample], config.parity)
             sequences = [sample[index].token_ids for index in picked]
             reference = reference_residuals(source, job.hook_points)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION, ROWS_PER_SHARD, SCHEMA
 from fastcache.config import as_dict
+from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION, ROWS_PER_SHARD, SCHEMA
 from fastcache.errors import InputError
 from fastcache.files import canonical_json, fsync_directory, read_json, write_json_atomic
 from fastcache.progress import Progress

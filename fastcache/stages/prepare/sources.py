@@ -35,7 +35,9 @@ def read_source(name: str, split: str) -> Iterator[dict[str, Any] | Malformed]:
         return _read_json(path)
     if inner.suffix == ".jsonl":
         return _read_jsonl(path)
-    raise InputError(f"--source {name}: expected .jsonl, .json or .parquet (or .gz of the first two), found {path.name}.")
+    raise InputError(
+        f"--source {name}: expected .jsonl, .json or .parquet (or .gz of the first two), found {path.name}."
+    )
 
 
 def _open(path: Path) -> Any:

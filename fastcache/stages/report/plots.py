@@ -10,9 +10,11 @@ import matplotlib as mpl
 
 mpl.use("agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
 OTHER_COLOUR = "#868e96"
@@ -61,7 +63,14 @@ def _grid(n: int, width: float = 4.2, height: float = 2.7) -> tuple[Figure, list
 
 
 def _panels(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    return sorted({(e["architecture"], e["hook_point"]) for e in evaluations}, reverse=True)
+    return sorted({(e["architecture"], e["hook_point"]) for e in evaluations}, key=lambda panel: (panel[1], panel[0]))
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """0.05 instead of 5 x 10^-2, and a few of them, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -70,20 +79,27 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def error_by_tokens(evaluations: list[Evaluation], titles: dict[str, str]) -> str:
-    """Bars of log2 MSE by set of tokens, a panel for each architecture and layer, a colour for each method."""
+    """log2 MSE by set of tokens, a panel for each architecture and layer, a colour for each method."""
     with _style():
         panels = _panels(evaluations)
         figure, axes = _grid(len(panels))
         for ax, (architecture, hook) in zip(axes, panels, strict=False):
             members = [e for e in evaluations if (e["architecture"], e["hook_point"]) == (architecture, hook)]
-            width = 0.8 / len(members)
+            width = 0.5 / len(members)
             for i, evaluation in enumerate(members):
                 method = evaluation["trained_on"]
-                values = [evaluation["splits"][split].get("log2_mse") or 0.0 for split in titles]
-                positions = [x + (i - (len(members) - 1) / 2) * width for x in range(len(titles))]
-                ax.bar(positions, values, width * 0.92, color=METHOD_COLOURS.get(method, OTHER_COLOUR), label=method)
+                points = [
+                    (x + (i - (len(members) - 1) / 2) * width, evaluation["splits"][split]["log2_mse"])
+                    for x, split in enumerate(titles)
+                    if evaluation["splits"][split].get("log2_mse") is not None
+                ]
+                # Points, not bars: a logarithm has no zero for a bar to stand on.
+                ax.scatter(
+                    *zip(*points, strict=True), s=38, color=METHOD_COLOURS.get(method, OTHER_COLOUR), label=method
+                )
             ax.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles.values()])
-            ax.axhline(0, color=INK, linewidth=0.6)
+            ax.grid(axis="y", color=OTHER_COLOUR, alpha=0.25, linewidth=0.6)
+            ax.set_xlim(-0.5, len(titles) - 0.5)
             ax.set_title(f"{architecture}, {hook}")
             ax.set_ylabel("log2 MSE")
         _legend(figure, axes[0])
@@ -98,7 +114,11 @@ def error_against_l0(evaluations: list[Evaluation]) -> str:
         figure, axes = _grid(len(hooks))
         for ax, hook in zip(axes, hooks, strict=False):
             for evaluation in (e for e in evaluations if e["hook_point"] == hook):
-                method, architecture, figures = evaluation["trained_on"], evaluation["architecture"], evaluation["splits"]["all"]
+                method, architecture, figures = (
+                    evaluation["trained_on"],
+                    evaluation["architecture"],
+                    evaluation["splits"]["all"],
+                )
                 colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
                 ax.scatter(
                     figures["l0"], figures["fvu"], s=46, color=colour, marker=MARKERS.get(architecture, "s"),
@@ -106,7 +126,9 @@ def error_against_l0(evaluations: list[Evaluation]) -> str:
                 )  # fmt: skip
             ax.set_title(hook)
             ax.set_xscale("log")
+            _plain_ticks(ax.xaxis)
             ax.set_yscale("log")
+            _plain_ticks(ax.yaxis)
             ax.set_xlabel("L0 (active latents per token)")
             ax.set_ylabel("FVU")
         _legend(figure, axes[0])
@@ -129,6 +151,8 @@ def training_curves(runs: list[tuple[Evaluation, Lines]]) -> str:
                 ax.plot(tokens, [line["fvu"] for line in lines], color=colour, label=method, linewidth=1.4)
             ax.set_title(", ".join(panel))
             ax.set_yscale("log")
+            _plain_ticks(ax.yaxis)
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             ax.set_xlabel("training tokens")
             ax.set_ylabel("FVU of the batch")
         _legend(figure, axes[0])

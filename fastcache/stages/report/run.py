@@ -56,7 +56,9 @@ def write_report(config: ReportConfig) -> None:
 
 def _run(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
     if not (folder / "evaluation.json").is_file():
-        raise InputError(f"{folder} has no evaluation.json: run `fastcache evaluate --sae {folder} --cache HELD_OUT_CACHE`.")
+        raise InputError(
+            f"{folder} has no evaluation.json: run `fastcache evaluate --sae {folder} --cache HELD_OUT_CACHE`."
+        )
     metrics = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return read_json(folder / "evaluation.json"), lines

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test lint package bench clean
+
+demo: $(VENV)/.runs
+	$(BIN)/fastcache demo
+
+test: $(VENV)/.develops
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.develops
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+package: $(VENV)/.develops
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+bench: $(VENV)/.develops
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) dist build fastcache-runs
+
+# torch goes first and by its exact version: anything else pulls gigabytes of CUDA on a CPU machine.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fastcache needs Python 3.11 or newer: make PYTHON=python3.12"'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.runs: $(VENV)/.torch pyproject.toml
+	$(PIP) $(TORCH) --editable '.[report]'
+	touch $@
+
+$(VENV)/.develops: $(VENV)/.torch pyproject.toml
+	$(PIP) $(TORCH) --editable '.[dev]'
+	touch $@ $(VENV)/.runs
