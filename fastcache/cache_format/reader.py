@@ -95,38 +95,40 @@ class Part:
 class CachedInstance:
     """One sequence of the cache: a dialogue for `fast`, a block for block training."""
 
-    def __init__(self, part: Part, index: int, hooks: list[str], dtype: str) -> None:
-        offsets = part.tokens["instance_offsets"]
-        self._part, self._hooks, self._dtype = part, hooks, dtype
-        self._rows = slice(int(offsets[index]), int(offsets[index + 1]))
-        self.instance_id = int(part.tokens["instance_ids"][index])
+    def __init__(self, cache: "Cache", part: int, index: int) -> None:
+        self._cache, self._part = cache, cache.parts[part]
+        offsets = self._part.tokens["instance_offsets"]
+        self._inside = slice(int(offsets[index]), int(offsets[index + 1]))
+        self.instance_id = int(self._part.tokens["instance_ids"][index])
+        """Row of the corpus for `fast`, number of the block for block training."""
+        first = cache.first_row(part)
+        self.rows = slice(first + self._inside.start, first + self._inside.stop)
+        """The sequence's rows, counted over the whole cache."""
 
     def __len__(self) -> int:
-        return self._rows.stop - self._rows.start
+        return self._inside.stop - self._inside.start
 
     @property
     def corpus_rows(self) -> list[int]:
         """Rows of the corpus whose text is in this instance: one for `fast`, one or more for a block."""
         starts = self._part.tokens["document_offsets"]
-        first = bisect_right(starts, self._rows.start) - 1
-        last = bisect_right(starts, self._rows.stop - 1)
+        first = bisect_right(starts, self._inside.start) - 1
+        last = bisect_right(starts, self._inside.stop - 1)
         return [int(row) for row in self._part.tokens["document_ids"][first:last]]
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """Token ids `[n]`."""
-        return cast(npt.NDArray[np.int32], self._part.tokens["token_ids"][self._rows])
+        return cast(npt.NDArray[np.int32], self._part.tokens["token_ids"][self._inside])
 
     @property
     def token_types(self) -> npt.NDArray[np.uint8]:
         """Flags `[n]`, see `fastcache.cache_format.schema.TokenType`."""
-        return cast(npt.NDArray[np.uint8], self._part.tokens["token_types"][self._rows])
+        return cast(npt.NDArray[np.uint8], self._part.tokens["token_types"][self._inside])
 
     def residuals(self, hook_point: str) -> npt.NDArray[np.float32]:
         """The residual stream `[n, d_in]` at `hook_point`, for example `"resid_post.18"`, as float32."""
-        if hook_point not in self._hooks:
-            raise InputError(f"This cache has no {hook_point!r}; it has {', '.join(self._hooks)}.")
-        return decode(self._part.rows(hook_point, self._rows.start, self._rows.stop), self._dtype)
+        return self._cache.residuals(hook_point, self.rows.start, self.rows.stop)
 
 
 class Cache:
@@ -183,7 +185,7 @@ class Cache:
         index %= self.n_instances
         part = bisect_right(self._first_instance, index) - 1
         inside = index - self._first_instance[part]
-        return CachedInstance(self.parts[part], inside, self.hook_points, self.manifest.dtype)
+        return CachedInstance(self, part, inside)
 
     def instances(self) -> Iterator[CachedInstance]:
         """All sequences in order."""
@@ -201,6 +203,19 @@ class Cache:
     def first_row(self, part: int) -> int:
         """Number, counted over the whole cache, of the first row of `part`."""
         return int(self._first_row[part])
+
+    def residuals(self, hook_point: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows `start` to `stop` - 1, counted over the whole cache, as float32 `[stop - start, d_in]`."""
+        hook = self.require_hook(hook_point)
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"rows {start} to {stop} of a cache with {self.n_tokens} rows")
+        pieces = [
+            part.rows(hook, max(0, start - first), min(part.record.n_tokens, stop - first))
+            for part, first in zip(self.parts, self._first_row, strict=False)
+            if start < first + part.record.n_tokens and first < stop
+        ]
+        stored = np.concatenate(pieces) if pieces else np.empty((0, self.d_in), STORED_DTYPES[self.manifest.dtype])
+        return decode(stored, self.manifest.dtype)
 
     def gather(self, hook: str, row_numbers: npt.NDArray[np.int64]) -> Rows:
         """The rows `[n, d_in]` with these numbers, counted over the whole cache, as stored."""

@@ -5,6 +5,7 @@ Everything is computed here and now; each stage resumes, so an interrupted demo 
 
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _extract(places: _Places, tokens: int, fresh: bool, progress: RichProgress) 
         config = ExtractConfig(
             model="demo", layer=LAYERS, method=method, split=split, tokens=tokens, unit_tokens=65_536
         )
-        extract(config, places.corpus(method), places.cache(method, split), progress, fresh)
+        extract(config, partial(places.corpus, method), places.cache(method, split), progress, fresh)
 
 
 def _train(places: _Places, fresh: bool, progress: RichProgress) -> list[Path]:

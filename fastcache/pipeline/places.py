@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from fastcache.corpus import CORPUS_FILE
-from fastcache.progress import Progress
+from fastcache.progress import Progress, Silent
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.prepare.config import PrepareConfig
 
@@ -47,6 +47,9 @@ def find_corpus(config: ExtractConfig, progress: Progress) -> Path:
 
     on_hub = not Path(source).exists() and source not in ("demo", "demo-text")
     place = corpus_place(source)
-    progress.say(f"Corpus: preparing {source} in {place}" + (f" (first {HUB_ROWS:,} rows)" if on_hub else ""))
-    prepare(PrepareConfig(source=(source,), max_rows=HUB_ROWS if on_hub else 0), place, progress)
+    there = (place / CORPUS_FILE).is_file()
+    if not there:
+        progress.say(f"Corpus: preparing {source} in {place}" + (f" (first {HUB_ROWS:,} rows)" if on_hub else ""))
+    config_of_corpus = PrepareConfig(source=(source,), max_rows=HUB_ROWS if on_hub else 0)
+    prepare(config_of_corpus, place, Silent() if there else progress)
     return place

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -60,22 +59,21 @@ def show_cache(console: Console, cache: Cache) -> None:
         difference = f"max abs difference {parity['max_abs_difference']:.1e}, relative {parity['max_relative_l2']:.1e}"
         rows.append((f"parity {hook}", f"{difference}, {len(manifest.parity['lengths'])} sequences"))
     console.print(_facts(f"Cache {cache.path}", rows))
-    if manifest.statistics:
-        console.print(_norms(manifest.statistics))
+    for hook, groups in manifest.statistics.items():
+        console.print(_norms(hook, groups))
 
 
-def _norms(statistics: dict[str, Any]) -> Table:
-    table = Table(title="Norms of the residual stream", title_justify="left")
-    for name in ("hook point", "tokens", "count", "mean", "1 %", "median", "99 %", "largest dimensions"):
-        table.add_column(name, justify="left" if name in ("hook point", "tokens") else "right")
-    for hook, groups in statistics.items():
-        for group, figures in groups.items():
-            if not figures["count"]:
-                continue
+def _norms(hook: str, groups: dict[str, Any]) -> Table:
+    table = Table(title=f"\nNorms at {hook}", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("tokens", no_wrap=True)
+    for name in ("count", "mean", "1 %", "median", "99 %", "largest dimensions"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group, figures in groups.items():
+        if figures["count"]:
             quantiles = [_figure(figures["norm_quantiles"][q], 2) for q in ("0.01", "0.5", "0.99")]
             top = ", ".join(str(dimension) for dimension, _ in figures["top_dimensions"][:3])
-            title = SPLIT_TITLES.get(group, group)
-            table.add_row(hook, title, f"{figures['count']:,}", _figure(figures["norm_mean"], 2), *quantiles, top)
+            count, mean = f"{figures['count']:,}", _figure(figures["norm_mean"], 2)
+            table.add_row(SPLIT_TITLES.get(group, group), count, mean, *quantiles, top)
     return table
 
 
@@ -106,7 +104,7 @@ def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> Non
     """One line an SAE; MSE as in the paper's tables, log2 of the mean over dialogues."""
     held_out = evaluations[0]["held_out"]
     title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}; log2 MSE (mean over dialogues) by kind of token"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("data", "layer", "arch"):
         table.add_column(name, no_wrap=True)
     headers = ("all", "special", "special,\nnot first", "content")

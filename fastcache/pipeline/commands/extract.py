@@ -38,7 +38,7 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
     from fastcache.pipeline.show import show_cache
     from fastcache.stages.extract.run import extract
 
-    cache = extract(config, find_corpus(config, progress), place, progress, fresh)
+    cache = extract(config, lambda: find_corpus(config, progress), place, progress, fresh)
     show_cache(console, cache)
     if config.split == "train":
         layer = f" --layer {config.layer[0]}" if len(cache.hook_points) > 1 else ""

@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
         for batch in _batches(cache, n_instances):
             masks, dialogues = _token_sets(batch)
             for hook in hooks:
-                x = torch.from_numpy(np.concatenate([instance.residuals(hook) for instance in batch])).to(device)
+                x = torch.from_numpy(cache.residuals(hook, batch[0].rows.start, batch[-1].rows.stop)).to(device)
                 for candidate in (c for c in candidates if c.info["hook_point"] == hook):
                     candidate.metrics.update(candidate.sae, x, masks.to(device), dialogues.to(device))
             task.advance(len(batch))

@@ -1,6 +1,6 @@
 """The extract stage: units of the corpus go through the model, each becomes a committed part of the cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -51,9 +51,6 @@ class Job:
     llm_config: Any
 
     def __post_init__(self) -> None:
-        check_layers(self.llm_config, self.hook_points, self.source)
-        if self.config.method != "bt-p":
-            require_chat_template(self.tokenizer, self.source)
         wanted = "text" if self.config.method == "bt-p" else "chat"
         if self.corpus.kind != wanted:
             raise InputError(
@@ -119,21 +116,31 @@ class Job:
         }
 
 
-def extract(config: ExtractConfig, corpus_path: Path, out: Path, progress: Progress, fresh: bool = False) -> Cache:
+def extract(
+    config: ExtractConfig, find_corpus: Callable[[], Path], out: Path, progress: Progress, fresh: bool = False
+) -> Cache:
     """Fill the cache at `out`, or go on filling it; returns it opened.
 
+    `find_corpus` names the corpus directory; it is asked once the model is known to serve, for it may be long at it.
     Everything that can be wrong with the input is found before `out` is touched. Raises `ModelError`, `InputError`,
     `MismatchError`, `SpaceError`, `NonFiniteError`.
     """
     source = ModelSource(config.model, config.revision, config.trust_remote_code)
-    job = Job(config, source, Corpus(corpus_path), load_tokenizer(source), load_config(source))
+    llm_config, tokenizer = load_config(source), load_tokenizer(source)
+    check_layers(llm_config, [hook_point(layer) for layer in config.layer], source)
+    if config.method != "bt-p":
+        require_chat_template(tokenizer, source)
+    corpus_path = find_corpus()
+    job = Job(config, source, Corpus(corpus_path), tokenizer, llm_config)
     settings = as_dict(replace(config, corpus=str(corpus_path)))
-    sample = [item.instance for item in islice(job.items(), SAMPLE) if item.instance]
+    items = list(islice(job.items(), SAMPLE))
+    sample = [item.instance for item in items if item.instance]
     if not sample:
         raise InputError(
             f"None of the first {SAMPLE} rows of {corpus_path} could be rendered; see `fastcache inspect`."
         )
-    expected_tokens = _expected_tokens(job, [len(instance.token_ids) for instance in sample])
+    tokens_per_row = sum(len(i.token_ids) for i in sample) / sum(len(item.entries) for item in items)
+    expected_tokens = min(config.tokens, round(tokens_per_row * job.corpus.n_rows(config.split)))
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
     if not (out / "manifest.json").exists():
         require_space(out, expected_tokens * row_bytes, f"This cache of about {expected_tokens:,} tokens")
@@ -156,13 +163,6 @@ def extract(config: ExtractConfig, corpus_path: Path, out: Path, progress: Progr
             for unit in cut_units(job.items(), config.unit_tokens, config.tokens):
                 _compute(unit, writer, backend, task)
         return _finish(writer, job.corpus.n_rows(config.split))
-
-
-def _expected_tokens(job: Job, lengths: list[int]) -> int:
-    """Tokens of the whole job, from a sample; for blocks the number of rows says little, so the budget counts."""
-    if job.config.method == "fast":
-        return min(job.config.tokens, round(np.mean(lengths) * job.corpus.n_rows(job.config.split)))
-    return min(job.config.tokens, sum(lengths)) if len(lengths) < SAMPLE else job.config.tokens
 
 
 def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task: Task) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any] | Malformed]:
 def _read_hub(name: str, split: str) -> Iterator[dict[str, Any] | Malformed]:
     from datasets import load_dataset
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's business
     try:
         yield from load_dataset(name, split=split, streaming=True)
     except Exception as error:  # datasets raises many kinds, from many libraries

@@ -23,6 +23,7 @@ from fastcache.stages.train.trainer import Trainer
 
 PAPER_TOKENS = 40_960_000
 MEDIAN_UNITS = 32
+SHORT_RUN_STEPS = 20_000
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -55,6 +56,11 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
         if (out / INFO_FILE).exists():
             progress.say(f"{out} is trained; nothing to do (--fresh starts over).")
             return load_sae(out)[1]
+        if n_steps < SHORT_RUN_STEPS and config.lr == TrainConfig.lr:
+            progress.say(
+                f"Note: {n_steps:,} steps at the paper's learning rate, which is meant for 320,000, leave an undertrained SAE. "
+                "Cache more tokens, or raise --lr (the demo uses 2e-3 for 600 steps)."
+            )
         trainer = Trainer(config, cache.d_in, n_steps, device)
         buffer = MixingBuffer(cache, hook, config.buffer_tokens, config.batch_size, config.seed)
         if not load_checkpoint(out, trainer, buffer):
