@@ -39,6 +39,11 @@ class ModelSource:
         """Whether the files are in a folder of this machine."""
         return Path(self.path).is_dir()
 
+    def require_existing(self) -> None:
+        """Raise `ModelError` for a name that can only be a folder and is none; the hub need not be asked then."""
+        if not self.is_local and (self.path.startswith(("/", ".", "~")) or self.path.count("/") > 1):
+            raise ModelError(f"There is no folder {self.path!r}. --model takes a folder, a name on the hub, or `demo`.")
+
     def keywords(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` gets."""
         revision = {} if self.is_local else {"revision": self.revision}
@@ -93,6 +98,7 @@ def load_config(source: ModelSource) -> Any:
     """The text model's configuration."""
     from transformers import AutoConfig
 
+    source.require_existing()
     with _clear_errors(source, "configuration"):
         config = AutoConfig.from_pretrained(source.path, **source.keywords())
     return config.get_text_config(decoder=True)

@@ -1,0 +1,151 @@
+"""Tiny models, corpora and the shared test data."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
+
+from fastcache.assets import DEMO
+
+WORDS = "the cat sat on a mat while seven grey owls counted stars over the quiet northern harbour again".split()
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def testdata() -> Path:
+    """Real tokenizers and dialogues, read in place."""
+    folder = Path(os.environ.get("FASTCACHE_TESTDATA", Path(__file__).parents[1] / "../shared/testdata"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder} (set FASTCACHE_TESTDATA)")
+    return folder
+
+
+def make_dialogues(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    rng = np.random.default_rng(seed)
+
+    def sentence() -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, 30)))
+
+    roles = ("user", "assistant")
+    return [
+        [{"role": roles[turn % 2], "content": sentence()} for turn in range(2 * int(rng.integers(1, 4)))]
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in make_dialogues(60)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(5, 200))) for _ in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def _save_tokenizer(folder: Path, kind: str) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    if kind == "llama":
+        special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        tokenizer.add_special_tokens(
+            {"bos_token": special[0], "eos_token": special[3], "additional_special_tokens": special}
+        )
+        tokenizer.chat_template = LLAMA_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+@pytest.fixture(scope="session", params=["qwen2", "llama"])
+def tiny_model(request, tmp_path_factory) -> Path:
+    """A random-weight model with 4 layers, with a tokenizer and a chat template."""
+    return _make_model(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory) -> Path:
+    return _make_model("qwen2", tmp_path_factory)
+
+
+def _make_model(kind: str, tmp_path_factory) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp(kind)
+    n_vocabulary = _save_tokenizer(folder, kind)
+    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=n_vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    model_class(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_corpus(chat_file, tmp_path_factory) -> Path:
+    from fastcache.progress import Silent
+    from fastcache.stages.prepare.config import PrepareConfig
+    from fastcache.stages.prepare.run import prepare
+
+    out = tmp_path_factory.mktemp("corpora") / "chat"
+    prepare(PrepareConfig(source=(str(chat_file),)), out, Silent())
+    return out
+
+
+@pytest.fixture(scope="session")
+def text_corpus(text_file, tmp_path_factory) -> Path:
+    from fastcache.progress import Silent
+    from fastcache.stages.prepare.config import PrepareConfig
+    from fastcache.stages.prepare.run import prepare
+
+    out = tmp_path_factory.mktemp("corpora") / "text"
+    prepare(PrepareConfig(source=(str(text_file),)), out, Silent())
+    return out
+
+
+def run_extract(model: Path, corpus: Path, out: Path, **settings):
+    """An extract run with small defaults."""
+    from fastcache.progress import Silent
+    from fastcache.stages.extract.config import ExtractConfig
+    from fastcache.stages.extract.run import extract
+
+    defaults = {"layer": (1,), "dtype": "float32", "parity": 2, "unit_tokens": 1000}
+    config = ExtractConfig(model=str(model), **{**defaults, **settings})
+    return extract(config, lambda: corpus, out, Silent())
+
+
+@pytest.fixture(scope="session")
+def small_cache(tiny_qwen, chat_corpus, tmp_path_factory) -> Path:
+    """A bfloat16 cache of two layers in several parts."""
+    out = tmp_path_factory.mktemp("caches") / "small"
+    run_extract(tiny_qwen, chat_corpus, out, layer=(1, 3), dtype="bfloat16")
+    return out
+
+
+@pytest.fixture(scope="session")
+def held_out_cache(tiny_qwen, chat_corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("caches") / "held-out"
+    run_extract(tiny_qwen, chat_corpus, out, layer=(1, 3), dtype="bfloat16", split="eval")
+    return out
+
+
+def tree_bytes(root: Path) -> dict[str, bytes]:
+    """Every file below `root` but run.json and the lock."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name not in ("run.json", ".lock")}
