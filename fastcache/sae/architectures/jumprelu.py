@@ -53,9 +53,9 @@ class JumpReluSae(Sae):
         error = self.decode(latent_acts) - x
         squared_error = error.square().sum(1).mean()
         counts = active.sum(0)
-        l0 = counts.sum() / len(x)
+        l0 = counts.sum().to(x.dtype) / len(x)
         grad_acts = self._decoder_grads(latent_acts, error)
-        near = (z - theta).abs() < self.bandwidth / 2
+        near = ((z - theta).abs() < self.bandwidth / 2).to(z.dtype)
         through_acts = (grad_acts * near).sum(0) * -(theta / self.bandwidth)
         through_l0 = near.sum(0) * (-sparsity_coefficient / (self.bandwidth * len(x)))
         self.log_threshold.grad = (through_acts + through_l0) * theta

@@ -33,4 +33,4 @@ class StandardSae(Sae):
         self._encoder_grads(x, grad)
         counts = active.sum(0)
         loss = squared_error + sparsity_coefficient * l1
-        return StepFigures(loss, squared_error, l1, counts.sum() / len(x), counts > 0)
+        return StepFigures(loss, squared_error, l1, counts.sum().to(x.dtype) / len(x), counts > 0)

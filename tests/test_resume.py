@@ -1,0 +1,127 @@
+"""Real SIGKILLs: a killed run, resumed, leaves what an undisturbed one leaves; Ctrl-C says how to go on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import run_extract, tree_bytes
+
+import fastcache
+from fastcache.errors import BusyError
+
+EXTRACT = (
+    "--layer", "1", "--layer", "3", "--dtype", "float32", "--parity", "2", "--unit-tokens", "400",
+)  # fmt: skip
+
+
+def command(*arguments):
+    return [sys.executable, "-c", "from fastcache.pipeline.cli import main; main()", *map(str, arguments)]
+
+
+def start(*arguments):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(*arguments), env=environment, **pipes)
+
+
+def wait_for(condition, process, seconds=120):
+    for _ in range(seconds * 200):
+        if condition() or process.poll() is not None:
+            return
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+def n_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_extraction_killed_again_and_again_gives_the_same_cache(tiny_qwen, chat_corpus, tmp_path):
+    arguments = ["extract", "--model", tiny_qwen, "--corpus", chat_corpus, *EXTRACT]
+    whole = run_extract(tiny_qwen, chat_corpus, tmp_path / "whole", layer=(1, 3), parity=2, unit_tokens=400)
+    rng = random.Random(0)
+    out, log = tmp_path / "killed", tmp_path / "killed/parts.jsonl"
+    for n_parts in (0, 2, 5, len(whole.parts) - 1):
+        process = start(*arguments, "--out", out)
+        wait_for(lambda n=n_parts: (out / "parts").exists() and n_lines(log) >= n, process)
+        time.sleep(rng.random() * 0.03)  # somewhere in the writing of the next part
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert n_lines(log) < len(whole.parts) or n_parts > 5
+    resumed = subprocess.run(command(*arguments, "--out", out), capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
+
+
+def test_a_resumed_extraction_keeps_the_parts_that_are_there(tiny_qwen, chat_corpus, tmp_path):
+    out = tmp_path / "cache"
+    process = start("extract", "--model", tiny_qwen, "--corpus", chat_corpus, *EXTRACT, "--out", out)
+    wait_for(lambda: n_lines(out / "parts.jsonl") >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = n_lines(out / "parts.jsonl")
+    times = {path.name: path.stat().st_mtime_ns for path in sorted((out / "parts").glob("0*"))[:kept]}
+    assert 3 <= kept
+    run_extract(tiny_qwen, chat_corpus, out, layer=(1, 3), parity=2, unit_tokens=400)
+    assert {name: (out / "parts" / name).stat().st_mtime_ns for name in times} == times
+
+
+TRAIN = (
+    "--arch", "jumprelu", "--layer", "1", "--batch-size", "16", "--tokens", "24_000", "--checkpoint-every", "50",
+    "--log-every", "10", "--lr", "1e-3", "--threshold", "0.1", "--bandwidth", "0.2", "--buffer-tokens", "900",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("train") / "whole"
+    subprocess.run(command("train", "--cache", small_cache, *TRAIN, "--out", out), check=True, capture_output=True)
+    return out
+
+
+def test_training_killed_again_and_again_gives_the_same_sae(small_cache, undisturbed, tmp_path):
+    rng = random.Random(1)
+    out = tmp_path / "killed"
+    for _ in range(3):
+        process = start("train", "--cache", small_cache, *TRAIN, "--out", out)
+        before = set((out / "checkpoints").glob("[0-9]*"))
+        wait_for(lambda b=before: set((out / "checkpoints").glob("[0-9]*")) - b, process)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "sae.json").exists()
+    subprocess.run(command("train", "--cache", small_cache, *TRAIN, "--out", out), check=True, capture_output=True)
+    assert (out / "sae.safetensors").read_bytes() == (undisturbed / "sae.safetensors").read_bytes()
+    assert (out / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(small_cache, undisturbed, tmp_path):
+    out = tmp_path / "interrupted"
+    arguments = ("train", "--cache", str(small_cache), *TRAIN, "--out", str(out))
+    process = start(*arguments)
+    wait_for(lambda: n_lines(out / "metrics.jsonl") >= 2, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "to resume, run:\n  fastcache train --cache" in output
+    assert list((out / "checkpoints").glob("[0-9]*"))
+    subprocess.run(command(*arguments), check=True, capture_output=True)
+    assert (out / "sae.safetensors").read_bytes() == (undisturbed / "sae.safetensors").read_bytes()
+
+
+def test_two_writers_on_one_output_are_kept_apart(tiny_qwen, chat_corpus, tmp_path):
+    out = tmp_path / "cache"
+    process = start("extract", "--model", tiny_qwen, "--corpus", chat_corpus, *EXTRACT, "--out", out)
+    wait_for((out / "manifest.json").exists, process)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(BusyError, match="Another fastcache process"):
+            run_extract(tiny_qwen, chat_corpus, out, layer=(1, 3), parity=2, unit_tokens=400)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+    assert fastcache.open_cache(out).complete

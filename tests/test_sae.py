@@ -1,0 +1,224 @@
+"""SAEs: closed-form gradients against float64 autograd and finite differences, initialisation, schedules, files."""
+
+import math
+
+import pytest
+import torch
+
+from fastcache.errors import FormatError, NonFiniteError
+from fastcache.sae.architectures import JumpReluSae, StandardSae
+from fastcache.sae.init import geometric_median, initialise
+from fastcache.sae.schedules import LearningRate, sparsity_coefficient
+from fastcache.sae.storage import load_sae, save_sae
+
+COEFFICIENT = 0.3
+
+
+class JumpRelu(torch.autograd.Function):
+    """f = z H(z - theta), with the straight-through gradients of the paper, written out again."""
+
+    @staticmethod
+    def forward(ctx, z, theta, bandwidth):
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth = bandwidth
+        return z * (z > theta)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, theta = ctx.saved_tensors
+        rectangle = (((z - theta) / ctx.bandwidth).abs() < 0.5).to(z)
+        return grad * (z > theta), (grad * -(theta / ctx.bandwidth) * rectangle).sum(0), None
+
+
+class Step(torch.autograd.Function):
+    """H(z - theta)."""
+
+    @staticmethod
+    def forward(ctx, z, theta, bandwidth):
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth = bandwidth
+        return (z > theta).to(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, theta = ctx.saved_tensors
+        rectangle = (((z - theta) / ctx.bandwidth).abs() < 0.5).to(z)
+        return torch.zeros_like(z), (grad * (-1 / ctx.bandwidth) * rectangle).sum(0), None
+
+
+def random_sae(cls, **keywords):
+    generator = torch.Generator().manual_seed(0)
+    sae = cls(6, 20, **keywords).double()
+    for value in sae.parameters():
+        value.copy_(torch.randn(value.shape, generator=generator, dtype=torch.double) * 0.5)
+    return sae, torch.randn(50, 6, generator=generator, dtype=torch.double)
+
+
+def autograd_loss(sae, x):
+    p = {name: value.detach().clone().requires_grad_() for name, value in sae.named_parameters()}
+    z = x @ p["W_enc"] + p["b_enc"]
+    if isinstance(sae, JumpReluSae):
+        theta = p["log_threshold"].exp()
+        f, sparsity = JumpRelu.apply(z, theta, sae.bandwidth), Step.apply(z, theta, sae.bandwidth)
+    else:
+        f = sparsity = torch.relu(z)
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    loss = (error**2).sum(1).mean() + COEFFICIENT * sparsity.sum(1).mean()
+    loss.backward()
+    return loss, {name: value.grad for name, value in p.items()}
+
+
+@pytest.mark.parametrize(("cls", "keywords"), [(StandardSae, {}), (JumpReluSae, {"bandwidth": 0.7})])
+def test_gradients_equal_autograd(cls, keywords):
+    sae, x = random_sae(cls, **keywords)
+    figures = sae.loss_and_grads(x, COEFFICIENT)
+    loss, grads = autograd_loss(sae, x)
+    assert torch.allclose(figures.loss, loss.detach(), rtol=1e-12)
+    for name, value in sae.named_parameters():
+        assert value.grad.abs().sum() > 0
+        assert torch.allclose(value.grad, grads[name], rtol=1e-10, atol=1e-12), name
+
+
+def test_standard_gradients_equal_finite_differences():
+    sae, x = random_sae(StandardSae)
+    sae.loss_and_grads(x, COEFFICIENT)
+    step = 1e-6
+    for value in sae.parameters():
+        grad, flat = value.grad.flatten(), value.data.view(-1)
+        for index in (0, len(flat) // 2, len(flat) - 1):
+            kept = flat[index].item()
+            losses = []
+            for shift in (step, -step):
+                flat[index] = kept + shift
+                f = sae.encode(x)
+                losses.append(((sae.decode(f) - x) ** 2).sum(1).mean() + COEFFICIENT * f.sum(1).mean())
+            flat[index] = kept
+            assert math.isclose((losses[0] - losses[1]) / (2 * step), grad[index], rel_tol=1e-5, abs_tol=1e-8)
+
+
+def test_jumprelu_encoder_is_zero_up_to_the_threshold():
+    sae = JumpReluSae(1, 3)
+    sae.W_enc.fill_(1.0)
+    sae.log_threshold.copy_(torch.tensor([0.5, 1.0, 2.0]).log())
+    assert sae.encode(torch.tensor([[1.0]])).tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_figures_count_active_latents():
+    sae, x = random_sae(StandardSae)
+    figures = sae.loss_and_grads(x, COEFFICIENT)
+    active = sae.encode(x) > 0
+    assert float(figures.l0) == pytest.approx(active.sum(1).double().mean().item())
+    assert figures.fired.tolist() == active.any(0).tolist()
+
+
+@pytest.mark.parametrize("cls", [StandardSae, JumpReluSae])
+def test_initial_decoder_rows_are_unit_vectors(cls):
+    sae = cls(16, 64)
+    initialise(sae, torch.randn(100, 16), torch.Generator().manual_seed(1))
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+    assert not sae.b_enc.any()
+
+
+def test_normalising_the_initial_decoder_keeps_the_function():
+    sample, x = torch.randn(100, 16), torch.randn(40, 16)
+    sae, raw = JumpReluSae(16, 64), JumpReluSae(16, 64)
+    initialise(sae, sample, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.kaiming_uniform_(raw.W_enc, generator=generator)
+    torch.nn.init.kaiming_uniform_(raw.W_dec, generator=generator)
+    raw.b_dec.copy_(sae.b_dec)
+    assert torch.allclose(sae(x), raw(x), atol=1e-5)
+    assert torch.allclose(sae.threshold, 0.001 * raw.W_dec.norm(dim=1))
+
+
+def test_geometric_median_of_a_line_is_its_median():
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [100.0, 0.0]])
+    assert torch.allclose(geometric_median(points, 2000), torch.tensor([2.0, 0.0]), atol=0.05)
+
+
+def test_geometric_median_minimises_the_summed_distance():
+    points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1])
+    median = geometric_median(points)
+    best = (points - median).norm(dim=1).sum()
+    for shift in torch.eye(3):
+        assert (points - median - 0.05 * shift).norm(dim=1).sum() > best
+
+
+def test_learning_rate_has_the_papers_three_phases():
+    rate = LearningRate(peak=7e-5, end=7e-6, warm_up_steps=16_000, decay_steps=64_000, total_steps=320_000)
+    assert rate.at(0) == pytest.approx(7e-5 / 16_000)
+    assert rate.at(7_999) == pytest.approx(3.5e-5)
+    assert rate.at(16_000) == pytest.approx(7e-5)
+    middle = 16_000 + (320_000 - 64_000 - 16_000) // 2
+    assert rate.at(middle) == pytest.approx((7e-5 + 7e-6) / 2)
+    assert rate.at(256_000) == pytest.approx(7e-6)
+    assert rate.at(288_000) == pytest.approx(3.5e-6)
+    assert 0 < rate.at(319_999) < 2e-10
+
+
+def test_sparsity_coefficient_rises_linearly_from_zero():
+    values = [sparsity_coefficient(5.0, 10_000, step) for step in (0, 2_500, 10_000, 20_000)]
+    assert values == [0.0, 1.25, 5.0, 5.0]
+
+
+def test_training_default_schedule_is_the_papers():
+    from fastcache.stages.train.config import TrainConfig
+    from fastcache.stages.train.trainer import Trainer
+
+    trainer = Trainer(TrainConfig(cache="", arch="jumprelu"), 4, 320_000, "cpu")
+    assert (trainer._rate.warm_up_steps, trainer._rate.decay_steps, trainer._coefficient_steps) == (16_000, 64_000, 10_000)
+    assert (trainer.config.lr, trainer.config.lr_end, trainer.config.batch_size) == (7e-5, 7e-6, 128)
+    assert trainer.config.resolved_coefficient() == 0.01
+    assert TrainConfig(cache="", arch="standard").resolved_coefficient() == 5.0
+
+
+@pytest.mark.parametrize("arch", ["standard", "jumprelu"])
+def test_training_keeps_decoder_rows_at_unit_norm(arch):
+    from fastcache.stages.train.config import TrainConfig
+    from fastcache.stages.train.trainer import Trainer
+
+    trainer = Trainer(TrainConfig(cache="", arch=arch, lr=1e-2), 8, 50, "cpu")
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    trainer.initialise(x)
+    before = trainer.sae.W_dec.clone()
+    for _ in range(20):
+        trainer.step(x)
+    assert not torch.allclose(before, trainer.sae.W_dec, atol=1e-3)
+    assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+
+
+def test_nan_in_training_stops_it():
+    from fastcache.stages.train.config import TrainConfig
+    from fastcache.stages.train.trainer import Trainer
+
+    trainer = Trainer(TrainConfig(cache="", arch="standard"), 8, 50, "cpu")
+    trainer.initialise(torch.randn(64, 8))
+    x = torch.full((4, 8), float("nan"))
+    with pytest.raises(NonFiniteError, match="step 1"):
+        trainer.figures(x, trainer.step(x))
+
+
+@pytest.mark.parametrize("cls", [StandardSae, JumpReluSae])
+def test_a_saved_sae_comes_back_exactly(cls, tmp_path):
+    sae = cls(8, 16)
+    initialise(sae, torch.randn(30, 8), torch.Generator().manual_seed(0))
+    save_sae(tmp_path / "sae", sae, {"hook_point": "resid_post.1"})
+    loaded, info = load_sae(tmp_path / "sae")
+    assert info["hook_point"] == "resid_post.1"
+    assert all(torch.equal(value, sae.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_nan_weights_are_refused(tmp_path):
+    sae = StandardSae(8, 16)
+    sae.W_dec[0, 0] = float("nan")
+    save_sae(tmp_path, sae, {})
+    with pytest.raises(NonFiniteError, match="W_dec"):
+        load_sae(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    save_sae(tmp_path / "a", StandardSae(8, 16), {})
+    save_sae(tmp_path / "b", StandardSae(8, 32), {})
+    (tmp_path / "b/sae.safetensors").replace(tmp_path / "a/sae.safetensors")
+    with pytest.raises(FormatError, match="should hold"):
+        load_sae(tmp_path / "a")

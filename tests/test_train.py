@@ -1,0 +1,157 @@
+"""Stage two: the mixing buffer gives every row once, training learns, logs and resumes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tree_bytes
+
+import fastcache
+from fastcache.errors import InputError, IntegrityError
+from fastcache.progress import Silent
+from fastcache.sae.storage import load_sae
+from fastcache.stages.train.config import TrainConfig
+from fastcache.stages.train.run import to_tensor, train
+from fastcache.stages.train.stream import MixingBuffer
+
+HOOK = "resid_post.1"
+
+
+@pytest.fixture
+def cache(small_cache):
+    return fastcache.open_cache(small_cache)
+
+
+def numbers_of(buffer, n_batches):
+    return np.concatenate([buffer.next_batch()[0] for _ in range(n_batches)])
+
+
+@pytest.mark.parametrize("capacity", [1, 300, 1000, 10**6])
+@pytest.mark.parametrize("batch_size", [1, 64, 100])
+def test_every_row_is_given_exactly_once_an_epoch(cache, capacity, batch_size):
+    buffer = MixingBuffer(cache, HOOK, capacity, batch_size, seed=0)
+    n_batches = cache.n_tokens // batch_size
+    first = numbers_of(buffer, n_batches)
+    assert len(np.unique(first)) == n_batches * batch_size
+    # What made no whole batch comes next, then the second epoch: after three, each row was given three times.
+    total = 3 * cache.n_tokens // batch_size
+    given = np.bincount(np.concatenate([first, numbers_of(buffer, total - n_batches)]), minlength=cache.n_tokens)
+    left = 3 * cache.n_tokens - total * batch_size
+    assert (3 - given).sum() == left
+    assert given.max() == 3
+    assert given.min() >= 2
+
+
+def test_rows_come_with_their_numbers(cache):
+    buffer = MixingBuffer(cache, HOOK, 500, 50, seed=0)
+    everything = cache.residuals(HOOK, 0, cache.n_tokens)
+    for _ in range(60):
+        numbers, rows = buffer.next_batch()
+        assert np.array_equal(to_tensor(rows, "bfloat16", "cpu").numpy(), everything[numbers])
+
+
+def test_epochs_and_seeds_are_shuffled_differently(cache):
+    n_batches = cache.n_tokens // 50
+    orders = []
+    for seed in (0, 0, 1):
+        buffer = MixingBuffer(cache, HOOK, 1000, 50, seed)
+        orders.append((numbers_of(buffer, n_batches), numbers_of(buffer, n_batches)))
+    assert np.array_equal(orders[0][0], orders[1][0])
+    assert not np.array_equal(orders[0][0], orders[2][0])
+    assert not np.array_equal(orders[0][0], orders[0][1])
+
+
+def test_batches_mix_distant_rows(cache):
+    buffer = MixingBuffer(cache, HOOK, 2000, 100, seed=0)
+    numbers, _ = buffer.next_batch()
+    assert np.abs(np.diff(numbers)).mean() > cache.n_tokens / 10
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 7, 33, 100])
+def test_a_restored_buffer_goes_on_with_the_same_batches(cache, n_before):
+    buffer = MixingBuffer(cache, HOOK, 900, 64, seed=5)
+    numbers_of(buffer, n_before) if n_before else None
+    scalars, arrays = buffer.state_dict()
+    state = json.loads(json.dumps(scalars)), {name: array.copy() for name, array in arrays.items()}
+    other = MixingBuffer(cache, HOOK, 900, 64, seed=5)
+    other.load_state_dict(*state)
+    for _ in range(150):
+        (numbers, rows), (other_numbers, other_rows) = buffer.next_batch(), other.next_batch()
+        assert np.array_equal(numbers, other_numbers)
+        assert np.array_equal(rows, other_rows)
+
+
+def config_for(cache, **settings):
+    defaults = {"arch": "standard", "layer": 1, "batch_size": 64, "lr": 3e-3, "expansion": 4, "log_every": 10}
+    return TrainConfig(cache=str(cache), **{**defaults, **settings})
+
+
+@pytest.mark.parametrize("arch", ["standard", "jumprelu"])
+def test_training_lowers_the_error(small_cache, tmp_path, arch):
+    train(config_for(small_cache, arch=arch, coefficient=0.01, tokens=30_000), tmp_path / "sae", Silent())
+    lines = [json.loads(line) for line in (tmp_path / "sae/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["fvu"] < 0.5 * lines[0]["fvu"]
+
+
+def test_the_sae_knows_where_it_comes_from(small_cache, tmp_path):
+    train(config_for(small_cache, tokens=1000), tmp_path / "sae", Silent())
+    sae, info = load_sae(tmp_path / "sae")
+    assert (sae.d_in, sae.d_sae, info["hook_point"]) == (32, 128, HOOK)
+    assert info["model"] == fastcache.open_cache(small_cache).manifest.identity["model"]
+
+
+def test_training_is_reproducible(small_cache, tmp_path):
+    for name in ("a", "b"):
+        train(config_for(small_cache, tokens=3000), tmp_path / name, Silent())
+    a, b = (load_sae(tmp_path / name)[0].state_dict() for name in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_trained_sae_is_left_alone(small_cache, tmp_path):
+    train(config_for(small_cache, tokens=1000), tmp_path / "sae", Silent())
+    before = tree_bytes(tmp_path / "sae")
+    train(config_for(small_cache, tokens=1000), tmp_path / "sae", Silent())
+    assert tree_bytes(tmp_path / "sae") == before
+
+
+def test_several_layers_need_a_choice(small_cache, tmp_path):
+    with pytest.raises(InputError, match=r"resid_post\.1, resid_post\.3; none was chosen"):
+        train(config_for(small_cache, layer=None), tmp_path / "sae", Silent())
+
+
+def test_a_missing_layer_is_named(small_cache, tmp_path):
+    with pytest.raises(InputError, match=r"'resid_post\.2' was asked for"):
+        train(config_for(small_cache, layer=2), tmp_path / "sae", Silent())
+
+
+def test_held_out_rows_are_not_trained_on(held_out_cache, tmp_path):
+    with pytest.raises(InputError, match="held-out"):
+        train(config_for(held_out_cache), tmp_path / "sae", Silent())
+
+
+def test_a_cache_smaller_than_a_batch_is_refused(small_cache, tmp_path):
+    with pytest.raises(InputError, match="fewer than one batch"):
+        train(config_for(small_cache, batch_size=10**6, tokens=10**6), tmp_path / "sae", Silent())
+
+
+def test_an_unfinished_cache_is_refused(small_cache, tmp_path):
+    import shutil
+
+    shutil.copytree(small_cache, tmp_path / "cache")
+    manifest = tmp_path / "cache/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete"', '"writing"'))
+    with pytest.raises(InputError, match="not complete"):
+        train(config_for(tmp_path / "cache"), tmp_path / "sae", Silent())
+
+
+def test_a_damaged_unit_stops_training_and_is_named(small_cache, tmp_path):
+    import shutil
+
+    shutil.copytree(small_cache, tmp_path / "cache")
+    shard = tmp_path / "cache/parts/00000000/resid_post.1/c/0/0"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(IntegrityError, match="unit 0"):
+        train(config_for(tmp_path / "cache"), tmp_path / "sae", Silent())
