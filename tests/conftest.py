@@ -11,7 +11,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
 
 from fastcache.assets import DEMO
 
-WORDS = "the cat sat on a mat while seven grey owls counted stars over the quiet northern harbour again".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "seven",
+    "grey",
+    "owls",
+    "counted",
+    "stars",
+    "over",
+    "the",
+    "quiet",
+    "northern",
+    "harbour",
+    "again",
+]
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -87,7 +106,9 @@ def _make_model(kind: str, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp(kind)
     n_vocabulary = _save_tokenizer(folder, kind)
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[
+        kind
+    ]
     torch.manual_seed(0)
     config = config_class(
         vocab_size=n_vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,

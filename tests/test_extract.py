@@ -66,7 +66,9 @@ def test_an_instance_does_not_depend_on_its_neighbours(tiny_model, chat_corpus, 
 def test_capturing_more_layers_changes_nothing(tiny_qwen, chat_corpus, tmp_path):
     one = run_extract(tiny_qwen, chat_corpus, tmp_path / "one", layer=(1,))
     many = run_extract(tiny_qwen, chat_corpus, tmp_path / "many", layer=(3, 1, 0))
-    assert np.array_equal(one.residuals("resid_post.1", 0, one.n_tokens), many.residuals("resid_post.1", 0, one.n_tokens))
+    assert np.array_equal(
+        one.residuals("resid_post.1", 0, one.n_tokens), many.residuals("resid_post.1", 0, one.n_tokens)
+    )
 
 
 def test_bfloat16_is_torchs_rounding(tiny_qwen, chat_corpus, small_cache, tmp_path):
@@ -81,7 +83,9 @@ def test_units_do_not_change_what_is_stored(tiny_qwen, chat_corpus, tmp_path):
     many = run_extract(tiny_qwen, chat_corpus, tmp_path / "many", unit_tokens=300)
     assert len(few.parts) == 1
     assert len(many.parts) > 5
-    assert np.array_equal(few.residuals("resid_post.1", 0, few.n_tokens), many.residuals("resid_post.1", 0, few.n_tokens))
+    assert np.array_equal(
+        few.residuals("resid_post.1", 0, few.n_tokens), many.residuals("resid_post.1", 0, few.n_tokens)
+    )
 
 
 def test_the_ledger_accounts_for_every_row(tiny_qwen, chat_corpus, tmp_path):

@@ -179,7 +179,13 @@ def test_a_missing_file_is_named(tmp_path):
         run(tmp_path / "out", str(tmp_path / "none.jsonl"))
 
 
-FIXTURES = ["infinity_instruct_7m", "lmsys_chat_1m", "orca_agentinstruct_1m_v1_cleaned", "tulu_3_sft_mixture", "wildchat_1m_full"]
+FIXTURES = [
+    "infinity_instruct_7m",
+    "lmsys_chat_1m",
+    "orca_agentinstruct_1m_v1_cleaned",
+    "tulu_3_sft_mixture",
+    "wildchat_1m_full",
+]
 
 
 @pytest.mark.parametrize("name", FIXTURES)

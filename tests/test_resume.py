@@ -65,7 +65,7 @@ def test_a_resumed_extraction_keeps_the_parts_that_are_there(tiny_qwen, chat_cor
     process.wait()
     kept = n_lines(out / "parts.jsonl")
     times = {path.name: path.stat().st_mtime_ns for path in sorted((out / "parts").glob("0*"))[:kept]}
-    assert 3 <= kept
+    assert kept >= 3
     run_extract(tiny_qwen, chat_corpus, out, layer=(1, 3), parity=2, unit_tokens=400)
     assert {name: (out / "parts" / name).stat().st_mtime_ns for name in times} == times
 

@@ -166,7 +166,11 @@ def test_training_default_schedule_is_the_papers():
     from fastcache.stages.train.trainer import Trainer
 
     trainer = Trainer(TrainConfig(cache="", arch="jumprelu"), 4, 320_000, "cpu")
-    assert (trainer._rate.warm_up_steps, trainer._rate.decay_steps, trainer._coefficient_steps) == (16_000, 64_000, 10_000)
+    assert (trainer._rate.warm_up_steps, trainer._rate.decay_steps, trainer._coefficient_steps) == (
+        16_000,
+        64_000,
+        10_000,
+    )
     assert (trainer.config.lr, trainer.config.lr_end, trainer.config.batch_size) == (7e-5, 7e-6, 128)
     assert trainer.config.resolved_coefficient() == 0.01
     assert TrainConfig(cache="", arch="standard").resolved_coefficient() == 5.0

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from fastcache.corpus import CORPUS_FILE
 from fastcache.progress import Progress, Silent
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.prepare.config import PrepareConfig
@@ -33,6 +32,9 @@ def cache_place(config: ExtractConfig) -> Path:
 
 def find_corpus(config: ExtractConfig, progress: Progress) -> Path:
     """The corpus directory that `config` means; prepares it first if it is a file or a data set."""
+    from fastcache.corpus import CORPUS_FILE
+    from fastcache.stages.prepare.run import prepare
+
     wants_text = config.method == "bt-p"
     source = config.corpus
     if source is None and config.model == "demo":
@@ -43,8 +45,6 @@ def find_corpus(config: ExtractConfig, progress: Progress) -> Path:
         source = DEFAULT_TEXT if wants_text else DEFAULT_CHAT
     if (Path(source) / CORPUS_FILE).is_file():
         return Path(source)
-    from fastcache.stages.prepare.run import prepare
-
     on_hub = not Path(source).exists() and source not in ("demo", "demo-text")
     place = corpus_place(source)
     there = (place / CORPUS_FILE).is_file()
