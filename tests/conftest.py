@@ -11,26 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
 
 from fastcache.assets import DEMO
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "seven",
-    "grey",
-    "owls",
-    "counted",
-    "stars",
-    "over",
-    "the",
-    "quiet",
-    "northern",
-    "harbour",
-    "again",
-]
+TEXT = "the cat sat on a mat while seven grey owls counted stars over the quiet northern harbour again"
+WORDS = TEXT.split()
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"

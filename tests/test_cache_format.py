@@ -1,5 +1,6 @@
 """The format: exact encodings, a log that survives torn writes, damage and attacks that are noticed."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -170,7 +171,7 @@ def test_a_flipped_bit_is_noticed_on_reading(small_cache, tmp_path):
     data[10] ^= 4
     shard.write_bytes(bytes(data))
     cache = fastcache.open_cache(tmp_path / "cache")
-    with pytest.raises(IntegrityError, match="00000001/resid_post.1: unit 0"):
+    with pytest.raises(IntegrityError, match=r"00000001/resid_post\.1: unit 0"):
         cache.residuals(HOOK, 0, cache.n_tokens)
 
 
@@ -223,10 +224,8 @@ def test_any_flipped_bit_of_an_inner_line_is_noticed(position, bit, tmp_path_fac
 def test_no_bytes_crash_the_log_reader(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("log")
     (root / "parts.jsonl").write_bytes(data)
-    try:
+    with contextlib.suppress(IntegrityError, FormatError):
         assert read_log(root) == []
-    except (IntegrityError, FormatError):
-        pass
 
 
 json_values = st.recursive(

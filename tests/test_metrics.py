@@ -119,7 +119,7 @@ def test_training_rows_are_refused_unless_allowed(saved, small_cache):
 
 def test_an_sae_of_another_layer_is_refused(saved, held_out_cache):
     folder = saved(trained_like(), hook_point="resid_post.0")
-    with pytest.raises(MismatchError, match="resid_post.0"):
+    with pytest.raises(MismatchError, match=r"resid_post\.0"):
         evaluate(EvaluateConfig(sae=(folder,), cache=str(held_out_cache)), Silent())
 
 
