@@ -48,12 +48,12 @@ class JumpReluSae(Sae):
     def loss_and_grads(self, x: Tensor, sparsity_coefficient: float) -> StepFigures:
         """See `Sae.loss_and_grads` and the equations above."""
         z, theta = self.pre_acts(x), self.threshold
-        active = z > theta
+        active = (z > theta).to(x.dtype)  # as numbers: torch is slow at arithmetic with booleans
         latent_acts = z * active
         error = self.decode(latent_acts) - x
         squared_error = error.square().sum(1).mean()
         counts = active.sum(0)
-        l0 = counts.sum().to(x.dtype) / len(x)
+        l0 = counts.sum() / len(x)
         grad_acts = self._decoder_grads(latent_acts, error)
         near = ((z - theta).abs() < self.bandwidth / 2).to(z.dtype)
         through_acts = (grad_acts * near).sum(0) * -(theta / self.bandwidth)

@@ -23,7 +23,7 @@ class StandardSae(Sae):
     def loss_and_grads(self, x: Tensor, sparsity_coefficient: float) -> StepFigures:
         """See `Sae.loss_and_grads`. d loss / d f = 2 (xhat - x) W_dec^T + lambda, where f > 0."""
         latent_acts = self.encode(x)
-        active = latent_acts > 0
+        active = (latent_acts > 0).to(x.dtype)  # as numbers: torch is slow at arithmetic with booleans
         error = self.decode(latent_acts) - x
         squared_error = error.square().sum(1).mean()
         l1 = latent_acts.sum(1).mean()
@@ -33,4 +33,4 @@ class StandardSae(Sae):
         self._encoder_grads(x, grad)
         counts = active.sum(0)
         loss = squared_error + sparsity_coefficient * l1
-        return StepFigures(loss, squared_error, l1, counts.sum().to(x.dtype) / len(x), counts > 0)
+        return StepFigures(loss, squared_error, l1, counts.sum() / len(x), counts > 0)
