@@ -16,6 +16,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
 
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is too large for a number")
+    return value
+
+
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
@@ -33,7 +40,9 @@ def _check_depth(value: Any, depth: int = 0) -> None:
 def parse_json(text: str | bytes, where: str) -> Any:
     """Strict JSON: no NaN or infinity, no duplicate keys, bounded depth. Raises `FormatError` that names `where`."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_pairs)
+        decoded = text.decode() if isinstance(text, bytes) else text
+        hooks: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_float}
+        value = json.loads(decoded, object_pairs_hook=_unique_pairs, **hooks)
         _check_depth(value)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not the JSON it should be: {error}.") from error

@@ -5,6 +5,7 @@ what a crash leaves and is cut off by the next writer; a bad line anywhere else 
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import google_crc32c
 
 from fastcache.cache_format.schema import FORMAT_NAME, FORMAT_VERSION, LOG_FILE, MANIFEST_FILE, STORED_DTYPES, layer_of
-from fastcache.errors import FormatError, IntegrityError
+from fastcache.errors import FormatError, InputError, IntegrityError
 from fastcache.files import canonical_json, fsync_directory, parse_json, read_json, write_json_atomic
 
 MAX_ROWS = 2**48
+STATES = ("writing", "complete")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def load_manifest(root: Path) -> Manifest:
     version = raw.pop("format_version", None)
     if raw.pop("format", None) != FORMAT_NAME or not isinstance(version, str):
         raise FormatError(f"{path} is not the manifest of a fastcache cache.")
+    if not re.fullmatch(r"[0-9]+\.[0-9]+", version):
+        raise FormatError(f"{path}: {version!r} is not a format version.")
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise FormatError(
             f"{root} has cache format {version}; this fastcache reads {FORMAT_VERSION.split('.')[0]}.x. "
@@ -100,6 +104,8 @@ def load_manifest(root: Path) -> Manifest:
     for name, value in fields.items():
         if not isinstance(value, str if name == "state" else dict):
             raise FormatError(f"{path}: {name} has the wrong type, {type(value).__name__}.")
+    if fields.get("state", "writing") not in STATES:
+        raise FormatError(f"{path}: state {fields['state']!r} is not one of {', '.join(STATES)}.")
     _check_identity(fields.get("identity", {}), path)
     return Manifest(**fields)
 
@@ -108,11 +114,15 @@ def _check_identity(identity: dict[str, Any], path: Path) -> None:
     hooks, d_in = identity.get("hook_points"), identity.get("d_in")
     if not isinstance(hooks, list) or not hooks or not all(isinstance(hook, str) for hook in hooks):
         raise FormatError(f"{path}: identity.hook_points should list at least one hook point, found {hooks!r}.")
-    for hook in hooks:
-        layer_of(hook)
+    try:
+        layers = [layer_of(hook) for hook in hooks]
+    except InputError as error:
+        raise FormatError(f"{path}: identity.hook_points: {error}") from error
+    if len(set(layers)) != len(layers):
+        raise FormatError(f"{path}: identity.hook_points names a layer twice: {', '.join(hooks)}.")
     if type(d_in) is not int or not 0 < d_in <= 2**20:
         raise FormatError(f"{path}: identity.d_in should be a width between 1 and 2^20, found {d_in!r}.")
-    if identity.get("dtype") not in STORED_DTYPES:
+    if identity.get("dtype") not in list(STORED_DTYPES):
         raise FormatError(f"{path}: identity.dtype {identity.get('dtype')!r} is not one of {', '.join(STORED_DTYPES)}.")
 
 

@@ -3,7 +3,6 @@
 Opening reads two small files, whatever the size of the cache; it loads no model, no data set and no torch.
 """
 
-import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -24,6 +23,8 @@ from fastcache.errors import FormatError, InputError, IntegrityError
 
 Rows = npt.NDArray[np.generic]
 
+RESTORE = "Restore it from a copy, or extract the cache again."
+
 
 class Part:
     """One committed part; its arrays are opened when they are first used."""
@@ -36,20 +37,33 @@ class Part:
 
     @cached_property
     def _group(self) -> zarr.Group:
-        if self.path.is_symlink() or not self.path.is_dir():
-            raise IntegrityError(
-                f"The part {self.path} is listed in the log but missing. Restore it, or extract again."
-            )
+        """The part's group, once all its files are seen to be there: Zarr would read zeros for a missing one."""
+        if not self.path.is_dir():
+            raise IntegrityError(f"The part {self.path} is listed in the log but missing. {RESTORE}")
+        root = self.path.parents[1].resolve() / PARTS_FOLDER / self.record.name
+        for name, (size, _) in self.record.files.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != size:
+                found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+                raise IntegrityError(f"{path} {found}, expected {size} bytes. {RESTORE}")
+            if path.resolve() != root / name:
+                raise IntegrityError(f"{path} is reached through a symbolic link; a cache holds none. {RESTORE}")
         return zarr.open_group(self.path, mode="r")
 
-    def _array(self, name: str, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> zarr.Array[Any]:
+    def _array(self, name: str, shape: tuple[int, ...] | None, dtype: str) -> zarr.Array[Any]:
         array = self._group.get(name)
         if not isinstance(array, zarr.Array):
             raise FormatError(f"{self.path} has no array {name!r}.")
-        if (dtype and str(array.dtype) != dtype) or (shape is not None and array.shape != shape):
+        if str(array.dtype) != dtype or (shape is not None and array.shape != shape):
             found = f"{array.dtype} {array.shape}"
             raise FormatError(f"{self.path}/{name} should be {dtype} {shape or ''}, found {found}.")
         return array
+
+    def _read(self, array: zarr.Array[Any], selection: Any = ...) -> npt.NDArray[Any]:
+        try:
+            return np.asarray(array[selection])
+        except (ValueError, RuntimeError) as error:  # what codecs say of bytes that they can't decode
+            raise IntegrityError(f"{self.path}/{array.basename} can't be decoded ({error}). {RESTORE}") from error
 
     @cached_property
     def tokens(self) -> dict[str, npt.NDArray[Any]]:
@@ -57,7 +71,7 @@ class Part:
         n, m = self.record.n_tokens, self.record.n_instances
         shapes = {"token_ids": (n,), "token_types": (n,), "instance_ids": (m,), "instance_offsets": (m + 1,)}
         arrays = {name: self._array(name, shapes.get(name), dtype) for name, dtype in TOKEN_ARRAYS.items()}
-        values: dict[str, npt.NDArray[Any]] = {name: np.asarray(array[...]) for name, array in arrays.items()}
+        values: dict[str, npt.NDArray[Any]] = {name: self._read(array) for name, array in arrays.items()}
         for name, count in (("instance_offsets", m), ("document_offsets", len(values["document_ids"]))):
             offsets = values[name]
             if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != n or (np.diff(offsets) <= 0).any():
@@ -70,26 +84,27 @@ class Part:
             shape = (self.record.n_tokens, self._manifest.d_in)
             array = self._array(hook, shape, STORED_DTYPES[self._manifest.dtype])
             n_units = -(-shape[0] // UNIT_ROWS)
-            checksums = np.asarray(self._array(checksum_array(hook), (n_units,), "uint32")[...])
+            checksums = self._read(self._array(checksum_array(hook), (n_units,), "uint32"))
             self._residuals[hook] = (array, checksums)
         array, checksums = self._residuals[hook]
         first = start // UNIT_ROWS * UNIT_ROWS
         last = min(-(-stop // UNIT_ROWS) * UNIT_ROWS, self.record.n_tokens)
-        values = cast(Rows, np.asarray(array[first:last]))
+        values = cast(Rows, self._read(array, slice(first, last)))
         for offset in range(0, len(values), UNIT_ROWS):
             unit = (first + offset) // UNIT_ROWS
             if google_crc32c.value(values[offset : offset + UNIT_ROWS].tobytes()) != checksums[unit]:
                 raise IntegrityError(
                     f"{self.path}/{hook}: unit {unit} (rows {unit * UNIT_ROWS} to {(unit + 1) * UNIT_ROWS - 1}) "
-                    "differs from its checksum: the file is damaged. Restore it, or extract this part again."
+                    f"differs from its checksum: the file is damaged. {RESTORE}"
                 )
         return values[start - first : stop - first]
 
     def moments(self, hook: str) -> Moments:
         """The statistics of this part's rows."""
-        names = (field.name for field in dataclasses.fields(Moments))
-        arrays = {name: self._array(f"{hook}.statistics.{name}") for name in names}
-        return Moments(**{name: np.asarray(array[...]) for name, array in arrays.items()})
+        values = {}
+        for name, like in Moments.empty(self._manifest.d_in).arrays().items():
+            values[name] = self._read(self._array(f"{hook}.statistics.{name}", like.shape, str(like.dtype)))
+        return Moments(**values)
 
 
 class CachedInstance:
@@ -140,6 +155,11 @@ class Cache:
         self.parts = [Part(path, record, self.manifest) for record in read_log(path)]
         self._first_instance = np.cumsum([0, *(part.record.n_instances for part in self.parts)]).tolist()
         self._first_row = np.cumsum([0, *(part.record.n_tokens for part in self.parts)]).tolist()
+        totals = {"n_parts": len(self.parts), "n_tokens": self.n_tokens, "n_instances": self.n_instances}
+        for name, found in totals.items():
+            if self.complete and self.manifest.totals.get(name) != found:
+                expected = self.manifest.totals.get(name)
+                raise IntegrityError(f"{path}: the log has {name} = {found}, the manifest {expected}. {RESTORE}")
 
     @property
     def n_instances(self) -> int:

@@ -41,9 +41,10 @@ class TokenType(IntFlag):
     """Flags of one token, in the low five bits of `token_types`."""
 
     SPECIAL = 1
-    """A special token that delimits turns, such as `<|im_start|>` (not the begin-of-sequence token)."""
+    """A special token of the chat template, such as `<|im_start|>`, but for begin-of-sequence; or the token that ends
+    a document in bt-p."""
     ROLE_WORD = 2
-    """The word `user` or `assistant` in a turn's header."""
+    """The role word in a turn's header: `user`, `assistant`, or Gemma's `model`."""
     TEMPLATE = 4
     """Any other text that the chat template added."""
     CONTENT = 8
@@ -124,7 +125,10 @@ def encode(residuals: npt.NDArray[np.float32], logical_dtype: str) -> npt.NDArra
             )
         return stored
     bits = residuals.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    if ((rounded & np.uint16(0x7F80)) == np.uint16(0x7F80)).any():
+        raise FormatError("A residual overflows bfloat16 (3.39e38), or is not finite. Use --dtype float32.")
+    return rounded
 
 
 def decode(stored: npt.NDArray[np.generic], logical_dtype: str) -> npt.NDArray[np.float32]:

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BytesCodec, ShardingCodec, ZstdCodec
 from zarr.core.array_spec import ArrayConfigParams
 
 from fastcache.cache_format.manifest import Manifest, PartRecord, append_log, load_manifest, read_log
@@ -49,13 +49,13 @@ class Instance(NamedTuple):
 
 
 def _create(group: zarr.Group, name: str, data: npt.NDArray[Any], attributes: dict[str, Any] | None = None) -> None:
-    """A small array, compressed and checksummed, in one chunk."""
+    """A small array in one chunk, compressed, with zstd's own checksum inside."""
     group.create_array(
         name,
         shape=data.shape,
         dtype=data.dtype,
         chunks=tuple(max(1, size) for size in data.shape),
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        compressors=ZstdCodec(level=3, checksum=True),
         attributes=attributes,
         config=WHOLE_CHUNKS,
     )[...] = data
@@ -207,14 +207,22 @@ class CacheWriter:
                 )
         else:
             self.manifest = manifest
-            if not (root / PARTS_FOLDER / "zarr.json").exists():
-                zarr.create_group(root, attributes={"fastcache_format_version": FORMAT_VERSION}, overwrite=False)
-                zarr.create_group(root / PARTS_FOLDER)
+            self._create_groups()
             manifest.save(root)
         for leftover in (root / PARTS_FOLDER).glob(".*.tmp"):
             shutil.rmtree(leftover)
         self.committed = {record.index: record for record in read_log(root)}
 
+    def _create_groups(self) -> None:
+        """Make the root group and the group of the parts, unless a killed run has made them."""
+        attributes = {"fastcache_format_version": FORMAT_VERSION}
+        for folder, given in ((self.root, attributes), (self.root / PARTS_FOLDER, {})):
+            if not (folder / "zarr.json").exists():
+                zarr.create_group(folder, attributes=given)
+            fsync_tree(folder)
+
     def part(self, index: int, instances: Sequence[Instance]) -> PartWriter:
-        """A writer of part `index` with these instances."""
+        """A writer of part `index` with these instances; raises `FormatError` if it is committed already."""
+        if index in self.committed:
+            raise FormatError(f"Part {index} of {self.root} is committed; parts never change.")
         return PartWriter(self.root, index, instances, self.manifest)
