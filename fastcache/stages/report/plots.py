@@ -75,7 +75,8 @@ def _plain_ticks(axis: Axis) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=max(1, len(labels)), bbox_to_anchor=(0.5, 1.06))
+    above = 1 + 0.3 / figure.get_figheight()  # inches, so that it clears the titles whatever the number of rows
+    figure.legend(handles, labels, loc="upper center", ncols=max(1, len(labels)), bbox_to_anchor=(0.5, above))
 
 
 def error_by_tokens(evaluations: list[Evaluation], titles: dict[str, str]) -> str:
