@@ -6,6 +6,8 @@ names and types and says which name was meant.
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -16,9 +18,16 @@ from fastcache.errors import InputError
 T = TypeVar("T")
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with a help text; without `default` it is required."""
-    metadata = {"help": help, "choices": choices}
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field with a help text, perhaps with choices or a range; without `default` it is required."""
+    metadata = {"help": help, "choices": choices, "range": (at_least, at_most)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -26,6 +35,26 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     """' Did you mean ...?' for the nearest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _without_separators(text: str) -> str:
+    """'40,960,000' and '40_960_000' without separators; raises `ValueError` for other commas, such as in '0,5'."""
+    if "," in text and not re.fullmatch(r"[+-]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text.strip()):
+        raise ValueError(text)
+    if "," in text and text.strip().startswith("0"):
+        raise ValueError(text)
+    return text.replace(",", "").replace("_", "")
+
+
+def _check_range(name: str, value: Any, at_least: float | None, at_most: float | None) -> None:
+    for one in value if isinstance(value, tuple) else (value,):
+        if not isinstance(one, (int, float)) or isinstance(one, bool):
+            continue
+        too_small = at_least is not None and not one >= at_least
+        if too_small or (at_most is not None and not one <= at_most) or not math.isfinite(one):
+            limits = [f"at least {at_least:g}"] if at_least is not None else []
+            limits += [f"at most {at_most:g}"] if at_most is not None else []
+            raise InputError(f"{name} = {one}: expected {' and '.join(limits) or 'a finite number'}.")
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
@@ -43,7 +72,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             if kind is bool:
                 return {"true": True, "false": False}[str(value).lower()]
             if kind in (int, float):
-                return kind(str(value).replace("_", "").replace(",", "")) if isinstance(value, str) else kind(value)
+                return kind(_without_separators(value) if isinstance(value, str) else value)
         except (ValueError, KeyError):
             pass
     raise InputError(f"{name} = {value!r}: expected {getattr(kind, '__name__', kind)}, found {type(value).__name__}.")
@@ -59,6 +88,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if name not in fields:
             raise InputError(f"{where}: there is no option {key!r}.{nearest(name, fields)}")
         resolved[name] = _convert(f"{where}: {name}", value, hints[name])
+        _check_range(f"{where}: {name}", resolved[name], *fields[name].metadata.get("range", (None, None)))
         choices = fields[name].metadata.get("choices")
         if choices and resolved[name] is not None and resolved[name] not in choices:
             raise InputError(f"{where}: {name} = {value!r} is not one of {', '.join(choices)}.")

@@ -12,12 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastcache.errors import FormatError, InputError
-from fastcache.files import read_json
+from fastcache.errors import FormatError, InputError, IntegrityError
+from fastcache.files import read_json, require_fields
 
 CORPUS_FILE = "corpus.json"
 CORPUS_VERSION = "1.0"
-ROWS_PER_SHARD = 200_000
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMA = pa.schema(
@@ -40,6 +39,14 @@ class CorpusRow:
     text: str | None
 
 
+def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IntegrityError(f"{path} can't be read ({error}). Prepare the corpus again.") from error
+
+
 class Corpus:
     """A corpus directory opened for reading."""
 
@@ -51,6 +58,8 @@ class Corpus:
             raise FormatError(
                 f"{path / CORPUS_FILE} is not a fastcache corpus of version 1.x. Run `fastcache prepare`."
             )
+        fields = {"fingerprint": str, "kind": str, "splits": dict, "counts": dict}
+        require_fields(self.info, fields, path / CORPUS_FILE)
 
     @property
     def fingerprint(self) -> str:
@@ -71,9 +80,13 @@ class Corpus:
         return int(splits[split])
 
     def rows(self, split: str) -> Iterator[CorpusRow]:
-        """The rows of a split, in order."""
-        self.n_rows(split)
+        """The rows of a split, in order; raises `IntegrityError` at the end if some are missing."""
+        expected, found = self.n_rows(split), 0
         for path in sorted(self.path.glob(f"{split}-*.parquet")):
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-                for raw in batch.to_pylist():
-                    yield CorpusRow(raw["row"], raw["messages"], raw["text"])
+            for raw in _rows_of(path):
+                found += 1
+                yield CorpusRow(raw["row"], raw["messages"], raw["text"])
+        if found != expected:
+            raise IntegrityError(
+                f"{self.path} has {found} rows in the split {split!r}, expected {expected}. Prepare it again."
+            )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,29 @@ def read_json(path: Path) -> dict[str, Any]:
         value = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise FormatError(f"{path} is missing.") from error
+    except OSError as error:
+        raise FormatError(f"{path} can't be read: {error.strerror}.") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} should hold a JSON object, not {type(value).__name__}.")
     return value
+
+
+def require_fields(value: dict[str, Any], fields: Mapping[str, type], path: Path) -> None:
+    """Raise `FormatError` unless `value`, read from `path`, has these fields with these types."""
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), kind):
+            raise FormatError(
+                f"{path}: {name} should be {kind.__name__}, found {value.get(name)!r}. The file is damaged."
+            )
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log; a torn last line is left out, none is an empty list. Raises `FormatError`."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    values = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+    if not all(isinstance(value, dict) for value in values):
+        raise FormatError(f"{path} should hold a JSON object on each line. The file is damaged.")
+    return values
 
 
 def canonical_json(value: Any) -> str:

@@ -34,12 +34,20 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def output_directory(
-    path: Path, command: str, settings: dict[str, Any], *, free: Collection[str] = (), fresh: bool = False
+    path: Path,
+    command: str,
+    settings: dict[str, Any],
+    owned: Collection[str],
+    *,
+    free: Collection[str] = (),
+    fresh: bool = False,
 ) -> Iterator[None]:
     """Hold `path` as the output of `command` with these settings; those named in `free` may differ on resume.
 
+    `owned` are patterns of the names that the command writes there: with `fresh` they, and only they, are removed.
+
     Raises, before anything is changed: `InputError` if the folder holds other things, `MismatchError` if it was begun
-    with other settings, `BusyError` if another process has it. With `fresh`, our own earlier output is removed.
+    with other settings, `BusyError` if another process has it.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; --out must name a directory.")
@@ -64,7 +72,7 @@ def output_directory(
         if ours:
             _check_same(path, command, settings, free, fresh)
         if ours and fresh:
-            _clear(path)
+            _clear(path, owned)
         if fresh or not ours:
             run = {"command": command, "settings": settings, "versions": versions()}
             write_json_atomic(path / RUN_FILE, run)
@@ -83,10 +91,8 @@ def _check_same(path: Path, command: str, settings: dict[str, Any], free: Collec
         )
 
 
-def _clear(path: Path) -> None:
-    for entry in path.iterdir():
-        if entry.name in (".lock", RUN_FILE):  # run.json goes last, by being replaced
-            continue
+def _clear(path: Path, owned: Collection[str]) -> None:
+    for entry in [entry for pattern in owned for entry in path.glob(pattern)]:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 

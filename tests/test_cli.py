@@ -21,6 +21,15 @@ def fails(capsys, *arguments):
     return " ".join(capsys.readouterr().err.split())
 
 
+def run_to_the_end(*arguments):
+    """Run the command line; returns the exit code. A traceback is no exit."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_an_example_in_its_help(name):
     result = CliRunner().invoke(cli, [name, "--help"])
@@ -143,3 +152,102 @@ def test_missing_disk_space_while_writing_is_one_paragraph(capsys, tmp_path, cha
     monkeypatch.setattr("pyarrow.parquet.write_table", full)
     text = fails(capsys, "prepare", "--source", chat_file, "--out", tmp_path / "corpus")
     assert "No space left on device (corpus)" in text
+
+
+TRAIN = ("train", "--cache", "CACHE", "--arch", "standard", "--layer", "1")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--batch-size 0", "--expansion 0", "--lr nan", "--log-every 0", "--checkpoint-every 0", "--threshold 0", "--seed -1",
+     "--tokens 0", "--lr-warm-up 3", "--lr-decay -1", "--dead-window 0", "--layer -1", "--device tpu9", "--set seed=["],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(option, capsys, small_cache, tmp_path):
+    arguments = [str(small_cache) if argument == "CACHE" else argument for argument in TRAIN]
+    text = fails(capsys, *arguments, *option.split(" ", 1), "--out", tmp_path / "sae")
+    assert option.split(" ")[0].strip("-").replace("-", "_").split("=")[0] in text.replace("-", "_")
+    assert not (tmp_path / "sae/run.json").exists()
+
+
+@pytest.mark.parametrize("text", ["0,3", "0,001", "1,8", "1,2,3"])
+def test_commas_that_separate_no_thousands_are_refused(text):
+    with pytest.raises(InputError, match="expected"):
+        from_mapping(TrainConfig, {"cache": "x", "arch": "standard", "tokens": text}, "here")
+
+
+def train_small(cache, out, *more):
+    main(["train", "--cache", str(cache), "--arch", "standard", "--tokens", "640", "--out", str(out), *more])
+    return out
+
+
+@pytest.fixture
+def sae(small_cache, tmp_path):
+    main(
+        [
+            "train",
+            "--cache",
+            str(small_cache),
+            "--arch",
+            "standard",
+            "--layer",
+            "1",
+            "--tokens",
+            "640",
+            "--out",
+            str(tmp_path / "sae"),
+        ]
+    )
+    return tmp_path / "sae"
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["sae.safetensors", "sae.json", "run.json", "metrics.jsonl"])
+def test_damaged_files_are_one_paragraph(sae, held_out_cache, capsys, name, data):
+    (sae / name).write_bytes(data)
+    for arguments in (("inspect", sae), ("evaluate", "--sae", sae, "--cache", held_out_cache)):
+        code = run_to_the_end(*arguments)
+        printed = capsys.readouterr().err
+        assert code == 0 or (code == 2 and printed.startswith("Error:"))
+
+
+def test_an_sae_that_is_a_file_is_named(sae, held_out_cache, capsys):
+    assert "can't be read" in fails(capsys, "evaluate", "--sae", sae / "sae.json", "--cache", held_out_cache)
+
+
+def test_fresh_removes_only_what_the_command_wrote(sae, small_cache):
+    (sae / "my notes").mkdir()
+    (sae / "my notes/a.txt").write_text("mine")
+    main(
+        [
+            "train",
+            "--cache",
+            str(small_cache),
+            "--arch",
+            "standard",
+            "--layer",
+            "3",
+            "--tokens",
+            "640",
+            "--out",
+            str(sae),
+            "--fresh",
+        ]
+    )
+    assert (sae / "my notes/a.txt").read_text() == "mine"
+    assert json.loads((sae / "sae.json").read_text())["hook_point"] == "resid_post.3"
+
+
+def test_a_changed_corpus_file_is_not_mistaken_for_the_old_one(tiny_qwen, tmp_path, monkeypatch, capsys, chat_file):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_bytes(chat_file.read_bytes())
+    extract = ["extract", "--model", tiny_qwen, "--layer", 1, "--corpus", "chats.jsonl", "--parity", 0, "--out"]
+    main([str(argument) for argument in [*extract, "a"]])
+    main([str(argument) for argument in [*extract, "b"]])
+    (tmp_path / "chats.jsonl").write_bytes(b"".join(chat_file.read_bytes().splitlines(keepends=True)[:30]))
+    assert "has changed since" in fails(capsys, *extract, "c")
+
+
+def test_inspect_tells_an_unfinished_preparation(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"command": "prepare", "settings": {}}')
+    main(["inspect", str(tmp_path)])
+    assert "Unfinished output of `fastcache prepare`" in capsys.readouterr().out

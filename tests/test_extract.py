@@ -1,6 +1,7 @@
 """Stage one: cached values against an independent plain loop, neighbours, ledger, methods."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastcache
 from fastcache.cache_format.schema import TokenType, select
 from fastcache.corpus import Corpus
-from fastcache.errors import InputError, MismatchError, ModelError, NonFiniteError, SpaceError
+from fastcache.errors import InputError, IntegrityError, MismatchError, ModelError, NonFiniteError, SpaceError
 from fastcache.llm.loading import ModelSource
 from fastcache.llm.parity import check_parity, reference_residuals, spread
 from fastcache.llm.transformers_backend import TransformersBackend
@@ -129,6 +130,48 @@ def test_blocks_know_their_documents(tiny_qwen, chat_corpus, tmp_path):
     expected = [row.row for row in Corpus(chat_corpus).rows("train")]
     assert list(dict.fromkeys(rows)) == expected  # in order; a row that goes over a cut stands in both blocks
     assert cache.manifest.ledger["stored"] == len(expected)
+
+
+def test_a_row_that_the_budget_cuts_is_truncated(tiny_qwen, chat_corpus, tmp_path):
+    cache = run_extract(
+        tiny_qwen, chat_corpus, tmp_path / "cache", method="bt-f", block_size=16, tokens=500, unit_tokens=64
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen)
+    total, whole = 0, 0
+    for row in Corpus(chat_corpus).rows("train"):
+        total += len(tokenizer.apply_chat_template(row.messages, return_dict=False))
+        whole += total <= cache.n_tokens
+    assert total > cache.n_tokens
+    assert cache.manifest.ledger["stored"] == whole
+    assert cache.manifest.ledger["truncated"] == 1
+    assert (
+        sum(cache.manifest.ledger[name] for name in ("stored", "truncated", "not reached"))
+        == cache.manifest.ledger["rows"]
+    )
+
+
+def test_missing_corpus_rows_are_noticed(tiny_qwen, chat_corpus, tmp_path):
+    import shutil
+
+    import pyarrow.parquet as pq
+
+    shutil.copytree(chat_corpus, tmp_path / "corpus")
+    shard = tmp_path / "corpus/train-00000.parquet"
+    pq.write_table(pq.read_table(shard).slice(0, 5), shard)
+    with pytest.raises(IntegrityError, match="has 5 rows in the split 'train'"):
+        run_extract(tiny_qwen, tmp_path / "corpus", tmp_path / "cache")
+
+
+def test_a_part_of_other_sequences_is_not_gone_on_with(tiny_qwen, chat_corpus, tmp_path, monkeypatch):
+    run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", unit_tokens=400)
+    manifest = tmp_path / "cache/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete"', '"writing"'))
+    from fastcache.stages.extract import run as extract_run
+
+    original = extract_run.fast_items
+    monkeypatch.setattr(extract_run, "fast_items", lambda *given: islice(original(*given), 1, None))
+    with pytest.raises(MismatchError, match="a package changed"):
+        run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", unit_tokens=400)
 
 
 def test_a_block_has_one_first_position(tiny_qwen, chat_corpus, tmp_path):

@@ -21,7 +21,7 @@ from fastcache.cache_format.writer import CacheWriter, Instance
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "FORMAT.md").read_text()
 HOOK, D_IN = "resid_post.1", 4
-TYPES = {"string": str, "integer": int, "number": float, "object": dict, "array": list}
+TYPES = {"string": str, "boolean": bool, "integer": int, "number": float, "object": dict, "array": list}
 
 
 def table(header):

@@ -117,6 +117,16 @@ def test_training_rows_are_refused_unless_allowed(saved, small_cache):
     assert evaluate(EvaluateConfig(sae=(folder,), cache=str(small_cache), allow_train=True), Silent())
 
 
+def test_an_unfinished_cache_is_refused(saved, held_out_cache, tmp_path):
+    import shutil
+
+    shutil.copytree(held_out_cache, tmp_path / "cache")
+    manifest = tmp_path / "cache/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete"', '"writing"'))
+    with pytest.raises(InputError, match="not complete"):
+        evaluate(EvaluateConfig(sae=(saved(trained_like()),), cache=str(tmp_path / "cache")), Silent())
+
+
 def test_an_sae_of_another_layer_is_refused(saved, held_out_cache):
     folder = saved(trained_like(), hook_point="resid_post.0")
     with pytest.raises(MismatchError, match=r"resid_post\.0"):

@@ -2,7 +2,14 @@
 
 import gzip
 import json
+import random
+import subprocess
+import sys
+import time
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,10 +17,12 @@ from hypothesis import strategies as st
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError, MismatchError
 from fastcache.progress import Silent
+from fastcache.stages.prepare import staging
 from fastcache.stages.prepare.config import PrepareConfig
-from fastcache.stages.prepare.dedup import Deduplicator
+from fastcache.stages.prepare.conflicts import GramFile, PairFile, find_pairs, owners, resolve, write_grams
+from fastcache.stages.prepare.ngrams import ngram_hashes
 from fastcache.stages.prepare.run import prepare
-from fastcache.stages.prepare.schema import Unusable, to_messages
+from fastcache.stages.prepare.schema import Unusable, to_messages, usable
 
 
 def write(path, rows):
@@ -28,7 +37,7 @@ def dialogue(*texts):
 
 def run(out, *sources, **options):
     info = prepare(PrepareConfig(source=sources, **options), out, Silent())
-    return info, [row for split in ("train", "eval") if info["splits"][split] for row in Corpus(out).rows(split)]
+    return info, [row for split in info["splits"] if info["splits"][split] for row in Corpus(out).rows(split)]
 
 
 def kept_by_algorithm_1(samples, n, unit):
@@ -45,21 +54,153 @@ def kept_by_algorithm_1(samples, n, unit):
     return kept
 
 
-turns = st.lists(st.text(alphabet="ab \n", max_size=30), min_size=1, max_size=3)
+def kept_by_ours(samples, n, unit, folder, chunk, n_ranges, bucket, n_given=0):
+    """The same through files: n-grams by chunks, pairs by ranges of hashes, rows by buckets."""
+    files = []
+    for first in range(0, len(samples), chunk):
+        part = samples[first : first + chunk]
+        rows = np.repeat(np.arange(len(part)), [len(sample) for sample in part])
+        grams = ngram_hashes([turn for sample in part for turn in sample], n, unit)
+        files.append(GramFile(folder / f"{first}.grams", first))
+        write_grams(files[-1].path, grams.hashes, grams.checks, rows[grams.turns])
+    pair_files, n_groups = [], 0
+    edges = [2**64 * index // n_ranges for index in range(n_ranges + 1)]
+    for index in range(n_ranges):
+        pairs, count = find_pairs(files, edges[index], edges[index + 1])
+        pair_files.append(PairFile(folder / f"{index}.pairs", n_groups))
+        pairs.tofile(pair_files[-1].path)
+        n_groups += count
+    blame = resolve(pair_files, len(samples), n_groups, bucket, n_given)
+    return blame, owners(pair_files, blame, bucket)
+
+
+texts = st.text(alphabet="ab \n\u2003\u00fc", max_size=30)
+turns = st.lists(texts, max_size=3)
+cuts = st.integers(1, 6)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(turns, max_size=12), st.integers(1, 5), st.sampled_from(["word", "character"]))
-def test_deduplication_equals_algorithm_1(samples, n, unit):
-    deduplicator = Deduplicator(n, unit, exact=False)
-    kept = [i for i, sample in enumerate(samples) if deduplicator.verdict(sample, repr((i, sample))) is None]
-    assert kept == kept_by_algorithm_1(samples, n, unit)
+@given(
+    samples=st.lists(turns, min_size=1, max_size=12), n=st.integers(1, 5), unit=st.sampled_from(["word", "character"]),
+    chunk=cuts, n_ranges=cuts, bucket=cuts,
+)  # fmt: skip
+def test_deduplication_equals_algorithm_1(samples, n, unit, chunk, n_ranges, bucket, tmp_path_factory):
+    blame, _ = kept_by_ours(samples, n, unit, tmp_path_factory.mktemp("dedup"), chunk, n_ranges, bucket)
+    assert np.flatnonzero(blame < 0).tolist() == kept_by_algorithm_1(samples, n, unit)
 
 
-def test_a_dropped_sample_adds_nothing_to_the_seen_set():
-    deduplicator = Deduplicator(2, "word")
-    verdicts = [deduplicator.verdict([text], text) for text in ("a b", "a b c d", "c d")]
-    assert verdicts == [None, "n-gram duplicate", None]
+@settings(max_examples=100, deadline=None)
+@given(samples=st.lists(turns, min_size=1, max_size=12), n=st.integers(1, 3), chunk=cuts, n_ranges=cuts, bucket=cuts)
+def test_every_duplicate_names_an_earlier_kept_row_that_shares_an_ngram(
+    samples, n, chunk, n_ranges, bucket, tmp_path_factory
+):
+    def grams(sample):
+        return {tuple(t.split()[i : i + n]) for t in sample for i in range(len(t.split()) - n + 1)}
+
+    blame, owner = kept_by_ours(samples, n, "word", tmp_path_factory.mktemp("dedup"), chunk, n_ranges, bucket)
+    assert np.array_equal(owner >= 0, blame >= 0)
+    for row in np.flatnonzero(owner >= 0).tolist():
+        assert owner[row] < row
+        assert blame[owner[row]] < 0
+        assert grams(samples[row]) & grams(samples[owner[row]])
+
+
+def test_given_rows_are_kept_whatever_they_share(tmp_path):
+    samples = [["a b"], ["a b c"], ["b c"], ["d e"]]
+    blame, owner = kept_by_ours(samples, 2, "word", tmp_path, 2, 1, 2, n_given=2)
+    assert (blame < 0).tolist() == [True, True, False, True]
+    assert owner[2] == 1
+
+
+def test_a_dropped_sample_adds_nothing_to_the_seen_set(tmp_path):
+    blame, _ = kept_by_ours([["a b"], ["a b c d"], ["c d"]], 2, "word", tmp_path, 3, 1, 3)
+    assert (blame < 0).tolist() == [True, False, True]
+
+
+@settings(deadline=None)
+@given(
+    turns=st.lists(st.text(max_size=40), max_size=6), n=st.integers(1, 25), unit=st.sampled_from(["word", "character"])
+)
+def test_equal_ngrams_and_only_they_have_equal_hashes(turns, n, unit):
+    expected = []
+    for index, turn in enumerate(turns):
+        units = turn.split() if unit == "word" else turn
+        expected += [(index, tuple(units[i : i + n])) for i in range(len(units) - n + 1)]
+    grams = ngram_hashes(turns, n, unit)
+    assert grams.turns.tolist() == [index for index, _ in expected]
+    hashes = list(zip(grams.hashes.tolist(), grams.checks.tolist(), strict=True))
+    assert (
+        len(set(hashes))
+        == len({gram for _, gram in expected})
+        == len(set(zip(hashes, (g for _, g in expected), strict=True)))
+    )
+
+
+def test_ngrams_do_not_depend_on_what_else_is_hashed():
+    long = " ".join(f"w{i}" for i in range(60_000))  # more than a batch
+    alone = ngram_hashes([long], 20, "word")
+    together = ngram_hashes(["a b c", long, "", "d"], 20, "word")
+    assert np.array_equal(alone.hashes, together.hashes)
+
+
+def many_dialogues(count):
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(300)]
+    rows = []
+    for i in range(count):
+        text = " ".join(rng.choice(words, 30))
+        rows.append(
+            dialogue(text if i % 5 or not i else f"{rows[i // 2]['messages'][0]['content']} again", f"answer {i}")
+        )
+    return rows
+
+
+def test_workers_memory_and_chunks_do_not_change_the_corpus(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", many_dialogues(600))
+    whole, _ = run(tmp_path / "whole", path)
+    monkeypatch.setattr(staging, "CHUNK_ROWS", 100)
+    cut, _ = run(tmp_path / "cut", path, workers=2, memory_gib=1e-4)
+    assert whole["fingerprint"] == cut["fingerprint"]
+    assert whole["counts"] == cut["counts"]
+    assert whole["counts"][path]["dropped"]["n-gram duplicate"] > 50
+
+
+def test_excluded_sets_are_kept_out(tmp_path):
+    secret = " ".join(f"secret{i}" for i in range(25))
+    path = write(tmp_path / "rows.jsonl", [dialogue(f"hear {secret} now", "yes"), dialogue("hello there", "hi")])
+    test_set = write(tmp_path / "test.jsonl", [{"question": secret, "answer": "x"}, {"text": f"{secret} too"}])
+    info, kept = run(tmp_path / "out", path, exclude=(test_set,))
+    assert info["counts"][path]["dropped"] == {"in an excluded set": 1}
+    assert len(kept) == 1
+
+
+def test_the_ledger_file_settles_every_input_row(tmp_path):
+    rows = [dialogue("hi", "ho"), {"x": 1}, dialogue("hi", "ho"), dialogue("a", "b")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    run(tmp_path / "out", path)
+    ledger = pq.read_table(tmp_path / "out/ledger.parquet").to_pylist()
+    assert [row["outcome"] for row in ledger] == ["kept", "no known column", "exact duplicate", "kept"]
+    assert [row["source_row"] for row in ledger] == [0, 1, 2, 3]
+    assert ledger[2]["repeats_row"] == 0
+    assert sorted(row["row"] for row in ledger if row["row"] is not None) == [0, 1]
+
+
+def test_preparation_killed_and_resumed_gives_the_same_corpus(tmp_path):
+    path = write(tmp_path / "rows.jsonl", many_dialogues(60_000))
+    arguments = [sys.executable, "-c", "from fastcache.pipeline.cli import main; main()", "prepare", "--source", path]
+    process = subprocess.Popen([*arguments, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    staged = tmp_path / "killed/.work/staged"
+    while not list(staged.glob("*.json")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    first = {chunk.name: chunk.stat().st_mtime_ns for chunk in staged.glob("*.json")}
+    assert first
+    assert not (tmp_path / "killed/corpus.json").exists()
+    subprocess.run([*arguments, "--out", str(tmp_path / "killed")], check=True, capture_output=True)
+    whole, _ = run(tmp_path / "whole", path)
+    assert json.loads((tmp_path / "killed/corpus.json").read_text())["fingerprint"] == whole["fingerprint"]
+    assert not (tmp_path / "killed/.work").exists()
 
 
 def test_short_dialogues_are_compared_as_a_whole(tmp_path):
@@ -117,23 +258,83 @@ def test_an_empty_corpus_is_an_error_that_says_why(tmp_path):
         run(tmp_path / "out", path)
 
 
-def test_a_truncated_gz_keeps_the_rows_before_the_break(tmp_path):
-    import random
-
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_gz_is_an_error_that_names_the_place(tmp_path, damage):
     rng = random.Random(0)
     rows = [dialogue(f"{rng.random()} {rng.random()}", str(rng.random())) for _ in range(2000)]
-    data = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    data = bytearray(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    if damage == "flipped":
+        data[len(data) // 2] ^= 255
     path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(data[: len(data) // 2])
-    info, kept = run(tmp_path / "out", str(path))
-    dropped = info["counts"][str(path)]["dropped"]
-    assert dropped["unreadable file"] == 1
-    assert 100 < len(kept) < 2000
+    path.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"rows\.jsonl\.gz breaks off or is damaged after line"):
+        run(tmp_path / "out", str(path))
+
+
+def test_the_same_rows_in_any_container_give_the_same_dialogues(tmp_path):
+    rows = [dialogue(f"q{i}", f"a{i}") for i in range(30)]
+    table = pa.Table.from_pylist(rows)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(text)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text))
+    with pa.output_stream(str(tmp_path / "c.jsonl.zst"), compression="zstd") as file:
+        file.write(text)
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    pq.write_table(table, tmp_path / "e.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "f.arrow"), table.schema) as file:
+        file.write_table(table)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/g.jsonl").write_bytes(text)
+    found = []
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.json", "e.parquet", "f.arrow", "folder"):
+        found.append([row.messages for row in run(tmp_path / f"out-{name}", str(tmp_path / name))[1]])
+    assert all(one == found[0] for one in found)
+    assert len(found[0]) == 30
+
+
+@pytest.mark.parametrize("name", ["wildchat", "infinity-instruct", "tulu-3", "orca-agentinstruct", "lmsys-chat"])
+def test_a_local_copy_of_a_known_set_uses_its_column(tmp_path, name):
+    column = {"wildchat": "conversation", "lmsys-chat": "conversation", "infinity-instruct": "conversations"}.get(
+        name, "messages"
+    )
+    rows = [{column: dialogue("q", "a")["messages"], "text": "not this"}]
+    info, kept = run(tmp_path / "out", f"{name}={write(tmp_path / 'rows.jsonl', rows)}")
+    assert kept[0].messages == dialogue("q", "a")["messages"]
+    assert list(info["counts"]) == [name]
 
 
 def test_schemas_of_other_names_become_one():
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "system", "value": ""}]
     assert to_messages(sharegpt) == dialogue("a", "b")["messages"]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "response": "b"}, ["a", "b"]),
+        ({"instruction": "a", "input": "", "output": "b"}, ["a", "b"]),
+        ({"instruction": "a", "input": "x", "output": "b"}, ["a\n\nx", "b"]),
+        ({"messages": json.dumps(dialogue("a", "b")["messages"])}, ["a", "b"]),
+    ],
+)
+def test_questions_with_answers_become_dialogues(row, expected):
+    messages = usable(row, None, False, 0)["messages"]
+    assert [message["content"] for message in messages] == expected
+
+
+def test_turns_that_do_not_alternate_are_dropped_on_request(tmp_path):
+    rows = [dialogue("a", "b"), {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert len(run(tmp_path / "a", path)[1]) == 2
+    info, _ = run(tmp_path / "b", path, alternating=True)
+    assert info["counts"][path]["dropped"] == {"turns don't alternate": 1}
+
+
+def test_over_long_turns_are_dropped_on_request(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [dialogue("a", "b"), dialogue("a" * 10_000_000, "b")])
+    assert len(run(tmp_path / "a", path)[1]) == 2
+    info, _ = run(tmp_path / "b", path, max_turn_chars=1000)
+    assert info["counts"][path]["dropped"] == {"over-long turn": 1}
 
 
 def test_a_dialogue_with_an_empty_answer_is_unusable():
@@ -146,7 +347,7 @@ def test_the_permutation_is_seeded_and_the_splits_disjoint(tmp_path):
     orders = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         info, rows = run(tmp_path / name, path, seed=seed)
-        assert info["splits"] == {"eval": 10, "train": 90}
+        assert info["splits"] == {"eval": 10, "interpret": 10, "steer": 5, "train": 75}
         assert sorted(row.row for row in rows) == list(range(100))
         orders.append([row.messages[0]["content"] for row in rows])
     assert orders[0] == orders[1] != orders[2]

@@ -8,6 +8,7 @@ import torch
 from fastcache.errors import FormatError, NonFiniteError
 from fastcache.sae.architectures import JumpReluSae, StandardSae
 from fastcache.sae.init import geometric_median, initialise
+from fastcache.sae.metrics import Metrics
 from fastcache.sae.schedules import LearningRate, sparsity_coefficient
 from fastcache.sae.storage import load_sae, save_sae
 
@@ -144,6 +145,17 @@ def test_geometric_median_minimises_the_summed_distance():
         assert (points - median - 0.05 * shift).norm(dim=1).sum() > best
 
 
+@pytest.mark.parametrize("cls", [StandardSae, JumpReluSae])
+def test_nothing_is_made_on_another_device(cls):
+    sae, x, generator = cls(8, 16), torch.randn(30, 8), torch.Generator().manual_seed(0)
+    with torch.device("meta"):  # what is made without saying where would land there, and fail
+        initialise(sae, x, generator)
+        sae.loss_and_grads(x, 0.1)
+        metrics = Metrics(("all",), 8, 16)
+        metrics.update(sae, x, x.new_ones(1, 30).bool(), x.new_zeros(30).long())
+    assert metrics.result()["splits"]["all"]["n_tokens"] == 30
+
+
 def test_learning_rate_has_the_papers_three_phases():
     rate = LearningRate(peak=7e-5, end=7e-6, warm_up_steps=16_000, decay_steps=64_000, total_steps=320_000)
     assert rate.at(0) == pytest.approx(7e-5 / 16_000)
@@ -212,10 +224,21 @@ def test_a_saved_sae_comes_back_exactly(cls, tmp_path):
     assert all(torch.equal(value, sae.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_nan_weights_are_refused(tmp_path):
+def test_nan_weights_are_not_saved(tmp_path):
     sae = StandardSae(8, 16)
     sae.W_dec[0, 0] = float("nan")
-    save_sae(tmp_path, sae, {})
+    with pytest.raises(NonFiniteError, match="W_dec"):
+        save_sae(tmp_path, sae, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_weights_are_not_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_sae(tmp_path, StandardSae(8, 16), {})
+    weights = load_file(tmp_path / "sae.safetensors")
+    weights["W_dec"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "sae.safetensors")
     with pytest.raises(NonFiniteError, match="W_dec"):
         load_sae(tmp_path)
 

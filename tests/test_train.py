@@ -155,3 +155,28 @@ def test_a_damaged_unit_stops_training_and_is_named(small_cache, tmp_path):
     shard.write_bytes(bytes(data))
     with pytest.raises(IntegrityError, match="unit 0"):
         train(config_for(tmp_path / "cache"), tmp_path / "sae", Silent())
+
+
+def test_a_batch_of_one_row_trains(small_cache, tmp_path):
+    train(config_for(small_cache, batch_size=1, tokens=30), tmp_path / "sae", Silent())
+    assert json.loads((tmp_path / "sae/metrics.jsonl").read_text().splitlines()[-1])["fvu"] is None
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_cache, tmp_path):
+    config = config_for(small_cache, tokens=3000, checkpoint_every=10)
+    train(config, tmp_path / "whole", Silent())
+    train(config, tmp_path / "sae", Silent())
+    for name in ("sae.json", "sae.safetensors"):
+        (tmp_path / "sae" / name).unlink()
+    newest = sorted((tmp_path / "sae/checkpoints").glob("[0-9]*"))[-1]
+    (newest / "state.safetensors").write_bytes(b"damage")
+    train(config, tmp_path / "sae", Silent())
+    assert (tmp_path / "sae/sae.safetensors").read_bytes() == (tmp_path / "whole/sae.safetensors").read_bytes()
+
+
+def test_a_moved_cache_can_be_resumed_from(small_cache, tmp_path):
+    import shutil
+
+    train(config_for(small_cache, tokens=1000), tmp_path / "sae", Silent())
+    shutil.copytree(small_cache, tmp_path / "moved")
+    train(config_for(tmp_path / "moved", tokens=1000), tmp_path / "sae", Silent())

@@ -186,6 +186,11 @@ class Cache:
         """Whether extraction has finished."""
         return self.manifest.state == "complete"
 
+    def require_complete(self) -> None:
+        """Raise `InputError` for a cache that is still being written."""
+        if not self.complete:
+            raise InputError(f"{self.path} is not complete: run its `fastcache extract` command again to finish it.")
+
     def require_hook(self, hook_point: str | None) -> str:
         """`hook_point` if the cache has it, or its only one; raises `InputError` otherwise."""
         if hook_point is None and len(self.hook_points) == 1:

@@ -74,6 +74,10 @@ SPLITS: dict[str, tuple[int, int]] = {
 """Named sets of tokens: (any of these flags, none of these)."""
 
 
+SPLIT_TITLES = {"all": "all", "special": "special", "special_not_first": "special, not first", "content": "content"}
+"""How tables name the splits."""
+
+
 def select(token_types: npt.NDArray[np.uint8], split: str) -> npt.NDArray[np.bool_]:
     """Mask `[n]` of the tokens of `split`, one of `SPLITS`. The set `special` is that of the paper's Table 11."""
     wanted, unwanted = SPLITS[split]

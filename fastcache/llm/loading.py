@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastcache.assets import DEMO
 from fastcache.cache_format.schema import layer_of
@@ -18,7 +19,7 @@ from fastcache.files import fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLED_BYTES = 2**20
+SAMPLED_BYTES, SAMPLES = 2**20, 9
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
     disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         if source.is_local:
             advice = f"{source.path} is a folder, but not one that transformers can load"
@@ -138,15 +139,16 @@ def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtyp
 
 
 def _weights_fingerprint(folder: Path) -> str:
-    """Names, sizes, heads and tails of the weight files: tells other weights apart without reading gigabytes."""
+    """Names, sizes and samples of the weight files: tells other weights apart without reading gigabytes."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    paths = [path for pattern in ("*.safetensors", "*.bin", "*.pt") for path in sorted(folder.glob(pattern))]
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(file.read())
+            for place in range(SAMPLES):  # the last one reaches the end
+                file.seek(max(0, (size - SAMPLED_BYTES) * place // (SAMPLES - 1)))
+                digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 

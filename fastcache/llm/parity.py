@@ -76,7 +76,7 @@ def check_parity(
                 raise MismatchError(
                     f"Parity check: a sequence of {len(token_ids)} tokens differs from the plain float32 model by "
                     f"{relative:.2e} (relative L2) at {hook}; the limit for {model_dtype} is "
-                    f"{RELATIVE_LIMITS[model_dtype]:.0e}. Nothing was written. Try --model-dtype float32."
+                    f"{RELATIVE_LIMITS[model_dtype]:.0e}. No activations were written. Try --model-dtype float32."
                 )
     lengths = [len(token_ids) for token_ids in sequences]
     return {

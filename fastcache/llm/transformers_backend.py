@@ -20,19 +20,14 @@ Residuals = dict[str, npt.NDArray[np.float32]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def best_device() -> str:
-    """`cuda` where there is one, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 class TransformersBackend:
     """A model cut after its deepest captured layer."""
 
-    def __init__(self, source: ModelSource, hook_points: Sequence[str], dtype: str, device: str | None = None) -> None:
+    def __init__(self, source: ModelSource, hook_points: Sequence[str], dtype: str, device: str) -> None:
         """Load the model; raises `ModelError` or, for a layer out of range, `InputError`."""
         check_layers(load_config(source), list(hook_points), source)
         self.hook_points = list(hook_points)
-        self.device = device or best_device()
+        self.device = device
         n_layers = max(layer_of(hook) for hook in hook_points) + 1
         self._model = load_base_model(source, n_layers, DTYPES[dtype], self.device)
         self._captured: dict[str, torch.Tensor] = {}

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None, **_extra: Any) -> None:
     except FastcacheError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         place = f" ({error.filename})" if error.filename else ""
         fail(f"{error.strerror}{place}. What was committed before is kept; mend it and run the same command to resume.")

@@ -72,7 +72,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path} is neither YAML nor JSON: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} should map option names to values, found {type(values).__name__}.")
@@ -85,12 +85,15 @@ def resolve(cls: type[T], given: dict[str, Any]) -> T:
 
     values: dict[str, Any] = {}
     if config_file := given.pop("config_file"):
-        values |= {key.replace("-", "_"): value for key, value in _read_config(config_file).items()}
+        values |= {str(key).replace("-", "_"): value for key, value in _read_config(config_file).items()}
     for assignment in given.pop("set_"):
         key, equals, text = assignment.partition("=")
         if not equals:
             raise InputError(f"--set {assignment}: expected KEY=VALUE, for example --set seed=7.")
-        values[key.strip().replace("-", "_")] = yaml.safe_load(text)
+        try:
+            values[key.strip().replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {assignment}: the value is not YAML: {str(error).splitlines()[0]}.") from error
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         value = given.pop(field.name)
         if value is not None and value != ():

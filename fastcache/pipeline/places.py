@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from fastcache.progress import Progress, Silent
+from fastcache.errors import MismatchError
+from fastcache.progress import Progress
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.prepare.config import PrepareConfig
 
@@ -32,8 +33,9 @@ def cache_place(config: ExtractConfig) -> Path:
 
 def find_corpus(config: ExtractConfig, progress: Progress) -> Path:
     """The corpus directory that `config` means; prepares it first if it is a file or a data set."""
-    from fastcache.corpus import CORPUS_FILE
+    from fastcache.corpus import CORPUS_FILE, Corpus
     from fastcache.stages.prepare.run import prepare
+    from fastcache.stages.prepare.sources import find_source, stamps
 
     wants_text = config.method == "bt-p"
     source = config.corpus
@@ -47,9 +49,14 @@ def find_corpus(config: ExtractConfig, progress: Progress) -> Path:
         return Path(source)
     on_hub = not Path(source).exists() and source not in ("demo", "demo-text")
     place = corpus_place(source)
-    there = (place / CORPUS_FILE).is_file()
-    if not there:
-        progress.say(f"Corpus: preparing {source} in {place}" + (f" (first {HUB_ROWS:,} rows)" if on_hub else ""))
-    config_of_corpus = PrepareConfig(source=(source,), max_rows=HUB_ROWS if on_hub else 0)
-    prepare(config_of_corpus, place, Silent() if there else progress)
+    if (place / CORPUS_FILE).is_file():
+        if Corpus(place).info.get("files") != stamps([find_source(source)]):
+            raise MismatchError(
+                f"{source} has changed since the corpus {place} was prepared from it. Prepare it again: "
+                f"fastcache prepare --source {source} --out {place} --fresh"
+            )
+        progress.say(f"Corpus: {place}, prepared before")
+        return place
+    progress.say(f"Corpus: preparing {source} in {place}" + (f" (first {HUB_ROWS:,} rows)" if on_hub else ""))
+    prepare(PrepareConfig(source=(source,), max_rows=HUB_ROWS if on_hub else 0), place, progress)
     return place

@@ -1,22 +1,21 @@
 """What commands print at the end, and what `inspect` shows: small tables."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastcache.cache_format.reader import Cache
-from fastcache.files import read_json
-
-SPLIT_TITLES = {"all": "all", "special": "special", "special_not_first": "special, not first", "content": "content"}
+from fastcache.cache_format.schema import SPLIT_TITLES
+from fastcache.files import read_json, read_json_lines, require_fields
 
 
 def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     return table
 
 
@@ -80,6 +79,10 @@ def _norms(hook: str, groups: dict[str, Any]) -> Table:
 def show_sae(console: Console, path: Path) -> None:
     """What an SAE was trained on, how, and where its training stands."""
     run = read_json(path / "run.json")
+    require_fields(run, {"command": str, "settings": dict}, path / "run.json")
+    if run["command"] != "train":
+        console.print(Text(f"Unfinished output of `fastcache {run['command']}`: run that command again.\n{path}"))
+        return
     settings = {
         key: value for key, value in run["settings"].items() if value is not None and key != "cache_fingerprint"
     }
@@ -93,9 +96,9 @@ def show_sae(console: Console, path: Path) -> None:
             ("trained", f"{info['training']['tokens']:,} tokens in {info['training']['steps']:,} steps"),
         ]
     rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
-    if lines := (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []:
-        last = json.loads(lines[-1])
-        figures = f"L0 {last['l0']:.1f}, FVU {last['fvu']:.4f}, dead {last['dead_latents']}"
+    if lines := read_json_lines(path / "metrics.jsonl"):
+        last = lines[-1]
+        figures = f"L0 {last['l0']:.1f}, FVU {_figure(last['fvu'], 4)}, dead {last['dead_latents']}"
         rows.append((f"step {last['step']}", f"loss {last['loss']:.4g}, {figures}"))
     console.print(_facts(f"SAE {path}", rows))
 

@@ -17,7 +17,7 @@ def geometric_median(points: Tensor, max_steps: int = MEDIAN_MAX_STEPS) -> Tenso
     mean; stops when the weighted objective changes by less than `MEDIAN_FTOL` of itself.
     """
     points = points.double()
-    median, weights = points.mean(0), torch.ones(len(points), dtype=torch.double)
+    median, weights = points.mean(0), points.new_ones(len(points))
     objective = _weighted_distance(points, median, weights)
     for _ in range(max_steps):
         new_weights = weights / (points - median).norm(dim=1).clamp(min=MEDIAN_EPS)

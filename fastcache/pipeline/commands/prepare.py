@@ -17,7 +17,8 @@ HELP = """Make a corpus: one schema, the paper's deduplication, a seeded permuta
 Examples:
   fastcache prepare --source demo
   fastcache prepare --source chats.jsonl --source more.parquet --out corpus
-  fastcache prepare --source allenai/tulu-3-sft-mixture --max-rows 100_000
+  fastcache prepare --source tulu-3 --max-rows 100_000
+  fastcache prepare --recipe fast-paper
 """
 
 
@@ -31,6 +32,7 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
     from fastcache.stages.prepare.run import prepare
 
     console = Console()
-    place = out or corpus_place("-".join(Path(source).name for source in config.source))
+    names = (config.recipe, *config.source) if config.recipe else config.source
+    place = out or corpus_place("-".join(names))
     info = prepare(config, place, RichProgress(console), fresh)
     show_corpus(console, place, info)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastcache.cache_format.reader import Cache, CachedInstance, open_cache
 from fastcache.cache_format.schema import SPLITS, select
 from fastcache.config import differences
+from fastcache.devices import choose_device
 from fastcache.errors import InputError, MismatchError
 from fastcache.files import fingerprint, write_json_atomic
 from fastcache.progress import Progress
@@ -41,6 +42,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
     width.
     """
     cache = open_cache(config.cache)
+    cache.require_complete()
     if cache.manifest.identity["corpus"]["split"] == "train" and not config.allow_train:
         raise InputError(
             f"{config.cache} holds training rows, so figures on it would flatter. Make a held-out cache with "
@@ -48,7 +50,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
         )
     if cache.manifest.identity["method"]["name"] != "fast":
         raise InputError(f"{config.cache} holds blocks; evaluation is by dialogue, on a cache of --method fast.")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     candidates = [_load(Path(folder), cache, device) for folder in config.sae]
     hooks = sorted({candidate.info["hook_point"] for candidate in candidates})
     n_instances = min(config.max_instances, cache.n_instances)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from fastcache.config import option
 
-FREE_ON_RESUME = ("device", "parity")
-"""Settings that don't change what the cache holds."""
+FREE_ON_RESUME = ("corpus", "device", "parity")
+"""Settings that may differ on resume: the corpus goes by its fingerprint, so that it may be moved."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class ExtractConfig:
 
     model: str = option(help="Model: a name on the hub, a folder, or `demo`.")
     layer: tuple[int, ...] = option(
-        help="Decoder layer after which the residual stream is captured, from 0. Repeatable."
+        help="Decoder layer after which the residual stream is captured, from 0. Repeatable.", at_least=0
     )
     corpus: str | None = option(
         None,
@@ -23,18 +23,20 @@ class ExtractConfig:
     )
     split: str = option("train", help="Split of the corpus; `eval` makes the held-out cache.")
     method: str = option("fast", choices=("fast", "bt-f", "bt-p"), help="Data method of the paper.")
-    tokens: int = option(40_960_000, help="Stop before the sequence that would exceed so many tokens.")
-    max_length: int = option(8192, help="Truncate dialogues (fast) to so many tokens; at most the model's context.")
-    block_size: int = option(2048, help="Tokens of a block (bt-f, bt-p); at most the model's context.")
+    tokens: int = option(40_960_000, help="Stop before the sequence that would exceed so many tokens.", at_least=1)
+    max_length: int = option(
+        8192, help="Truncate dialogues (fast) to so many tokens; at most the model's context.", at_least=1
+    )
+    block_size: int = option(2048, help="Tokens of a block (bt-f, bt-p); at most the model's context.", at_least=1)
+    default_system: bool = option(True, help="Keep the system turn that a template adds by itself.")
     dtype: str = option("bfloat16", choices=("bfloat16", "float16", "float32"), help="Dtype of the cache.")
     model_dtype: str | None = option(
         None,
         choices=("float32", "bfloat16", "float16"),
         help="Dtype the model runs in. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
-    backend: str = option("auto", choices=("auto", "transformers"), help="What runs the model.")
     device: str | None = option(None, help="Device of the model. Default: cuda where there is one, else cpu.")
-    unit_tokens: int = option(524_288, help="Tokens of a work unit, which becomes a part of the cache.")
-    parity: int = option(8, help="Sequences compared with the plain float32 model before the start; 0 compares none.")
+    unit_tokens: int = option(524_288, help="Tokens of a work unit, which becomes a part of the cache.", at_least=1)
+    parity: int = option(8, help="Sequences compared with the plain float32 model first; 0 compares none.", at_least=0)
     revision: str | None = option(None, help="Revision of the model on the hub.")
     trust_remote_code: bool = option(False, help="Run code that comes with the model.")

@@ -6,8 +6,6 @@ from typing import Any
 from fastcache.errors import IntegrityError
 from fastcache.stages.extract.sequences import Entry
 
-SETTLED = ("stored", "truncated")
-
 
 def part_ledger(entries: Iterable[Entry]) -> dict[str, Any]:
     """Entries of one part: a count of the stored, the rows of all others by outcome."""

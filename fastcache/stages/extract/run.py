@@ -11,10 +11,11 @@ import numpy as np
 from fastcache.cache_format.manifest import Manifest
 from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import STORED_DTYPES, TokenType, hook_point
-from fastcache.cache_format.writer import CacheWriter
+from fastcache.cache_format.writer import CacheWriter, Instance
 from fastcache.config import as_dict
 from fastcache.corpus import Corpus, CorpusRow
-from fastcache.errors import InputError
+from fastcache.devices import choose_device
+from fastcache.errors import InputError, MismatchError
 from fastcache.llm.chat import FIXED_DATE, ChatRenderer, text_tokens
 from fastcache.llm.loading import (
     ModelSource,
@@ -26,7 +27,7 @@ from fastcache.llm.loading import (
     tokenizer_identity,
 )
 from fastcache.llm.parity import check_parity, reference_residuals, spread
-from fastcache.llm.transformers_backend import TransformersBackend, best_device
+from fastcache.llm.transformers_backend import TransformersBackend
 from fastcache.progress import Progress, Task
 from fastcache.rundir import output_directory, require_space, versions
 from fastcache.stages.extract.config import FREE_ON_RESUME, ExtractConfig
@@ -36,6 +37,7 @@ from fastcache.stages.extract.sequences import Item, Tokenize, Unit, block_items
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OWNED = ("zarr.json", "manifest.json", "parts.jsonl", "parts")
 SAMPLE = 256
 """Sequences looked at to estimate the size of the job and to choose those of the parity check."""
 
@@ -56,15 +58,11 @@ class Job:
             raise InputError(
                 f"--method {self.config.method} needs a {wanted} corpus, but {self.corpus.path} holds {self.corpus.kind}."
             )
+        self.device = choose_device(self.config.device)
         context = getattr(self.llm_config, "max_position_embeddings", None) or self.config.max_length
         self.max_length = min(self.config.max_length, context)
         self.block_size = min(self.config.block_size, context)
         self.model_dtype = self.config.model_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
-
-    @property
-    def device(self) -> str:
-        """Where the model runs."""
-        return self.config.device or best_device()
 
     @property
     def hook_points(self) -> list[str]:
@@ -90,7 +88,7 @@ class Job:
     def _tokenizer(self) -> Tokenize:
         if self.config.method == "bt-p":
             return lambda row: text_tokens(self.tokenizer, row.text or "")
-        renderer = ChatRenderer(self.tokenizer)
+        renderer = ChatRenderer(self.tokenizer, self.config.default_system)
 
         def tokenize(row: CorpusRow) -> Any:
             rendered = renderer.render(row.messages or [])
@@ -104,7 +102,11 @@ class Job:
         length = {"max_length": self.max_length} if config.method == "fast" else {"block_size": self.block_size}
         return {
             "model": model_identity(self.source, self.llm_config),
-            "tokenizer": {**tokenizer_identity(self.tokenizer), "template_date": FIXED_DATE},
+            "tokenizer": {
+                **tokenizer_identity(self.tokenizer),
+                "template_date": FIXED_DATE,
+                "default_system": config.default_system,
+            },
             "corpus": {"fingerprint": self.corpus.fingerprint, "split": config.split},
             "method": {"name": config.method, **length, "separator": self.separator},
             "hook_points": self.hook_points,
@@ -144,20 +146,14 @@ def extract(
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
     if not (out / "manifest.json").exists():
         require_space(out, expected_tokens * row_bytes, f"This cache of about {expected_tokens:,} tokens")
-    with output_directory(out, "extract", settings, free=FREE_ON_RESUME, fresh=fresh):
+    with output_directory(out, "extract", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         writer = CacheWriter(out, Manifest(job.identity(), versions=versions()))
         if writer.manifest.state == "complete":
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return Cache(out)
         backend = TransformersBackend(source, job.hook_points, job.model_dtype, job.device)
         if config.parity and not writer.manifest.parity:
-            progress.say(
-                f"Parity check of {min(config.parity, len(sample))} sequences against the plain float32 model ..."
-            )
-            picked = spread([len(instance.token_ids) for instance in sample], config.parity)
-            sequences = [sample[index].token_ids for index in picked]
-            reference = reference_residuals(source, job.hook_points)
-            writer.manifest.parity = check_parity(backend.residuals, reference, sequences, job.model_dtype)
+            writer.manifest.parity = _parity(job, sample, backend, progress)
             writer.manifest.save(out)
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
             for unit in cut_units(job.items(), config.unit_tokens, config.tokens):
@@ -165,9 +161,25 @@ def extract(
         return _finish(writer, job.corpus.n_rows(config.split))
 
 
+def _parity(job: Job, sample: list[Instance], backend: TransformersBackend, progress: Progress) -> dict[str, Any]:
+    """Figures of the parity check; the reference model is let go with the end of this function."""
+    picked = spread([len(instance.token_ids) for instance in sample], job.config.parity)
+    progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model ...")
+    reference = reference_residuals(job.source, job.hook_points)
+    sequences = [sample[index].token_ids for index in picked]
+    return check_parity(backend.residuals, reference, sequences, job.model_dtype)
+
+
 def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task: Task) -> None:
     """Make the part of `unit` unless it is there already."""
     if unit.index in writer.committed:
+        record = writer.committed[unit.index]
+        expected = (unit.n_tokens, len(unit.instances), part_ledger(unit.entries))
+        if (record.n_tokens, record.n_instances, record.ledger) != expected:
+            raise MismatchError(
+                f"Part {unit.index} of {writer.root} holds other sequences than are made now: a package changed since it was "
+                "begun (run.json has the versions). Go back to these versions, or start over with --fresh."
+            )
         task.advance(unit.n_tokens, f"unit {unit.index} was there")
         return
     part = writer.part(unit.index, unit.instances)

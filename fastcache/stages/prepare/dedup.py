@@ -1,43 +1,76 @@
-"""The paper's deduplication (Algorithm 1): drop a sample if any of its n-grams was seen in a kept one before it.
+"""The paper's deduplication (Algorithm 1) at any size: drop a sample if any of its n-grams was seen in a kept one before it.
 
-A sample's n-grams are the union over its turns; a turn shorter than n gives none, so exact duplicates of whole
-dialogues are looked for as well, and counted apart.
+What a Python set of n-grams would say, for any number of processes and any memory: `conflicts.py` finds the n-grams that
+rows share, then the rows are walked in order. Rows given as excluded come first and own all their n-grams.
 """
 
-from collections.abc import Iterator, Sequence
-from hashlib import blake2b
+import os
+from concurrent.futures import ProcessPoolExecutor
+from itertools import accumulate
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcache.files import read_json, write_json_atomic
+from fastcache.progress import Progress
+from fastcache.stages.prepare.conflicts import BYTES_PER_GRAM, PAIR, GramFile, PairFile, find_pairs, owners, resolve
+from fastcache.stages.prepare.staging import Chunk
+
+BUCKET_ROWS = 1 << 18
+SMALL_JOB = 1 << 20
+"""N-grams below which starting processes costs more than it gains."""
 
 
-def _digest(text: str) -> bytes:
-    # 8 bytes: among 10^7 n-grams, a false match anywhere has probability 3e-6.
-    return blake2b(text.encode(), digest_size=8).digest()
+def _range_pairs(files: list[GramFile], low: int, high: int, path: Path) -> None:
+    """Write the pairs of one range of hashes, and the number of its groups."""
+    pairs, n_groups = find_pairs(files, low, high)
+    temporary = path.with_suffix(".tmp")
+    pairs.tofile(temporary)
+    temporary.replace(path)
+    write_json_atomic(path.with_suffix(".json"), {"n_groups": n_groups})
 
 
-def ngrams(text: str, n: int, unit: str) -> Iterator[bytes]:
-    """Digests of the n-grams of one turn; words are what white space separates, as they stand."""
-    if unit == "character":
-        yield from (_digest(text[i : i + n]) for i in range(len(text) - n + 1))
-        return
-    words = text.split()
-    yield from (_digest(" ".join(words[i : i + n])) for i in range(len(words) - n + 1))
+def find_repeats(
+    chunks: list[Chunk], n_excluded: int, folder: Path, workers: int, memory_bytes: int, progress: Progress
+) -> npt.NDArray[np.int64]:
+    """For each row of `chunks` the earlier kept row that it repeats, or -1; the first `n_excluded` rows are all kept.
+
+    The result depends neither on `workers` nor on `memory_bytes`. Ranges that an earlier run left are used again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    firsts = [0, *accumulate(chunk.n_rows for chunk in chunks)]
+    files = [GramFile(chunk.grams_path, first) for chunk, first in zip(chunks, firsts, strict=False)]
+    n_grams = sum(chunk.n_grams for chunk in chunks)
+    n_workers = workers or os.cpu_count() or 1
+    n_ranges = max(1, -(-n_grams * BYTES_PER_GRAM * n_workers // max(memory_bytes // 2, 1)))
+    edges = [2**64 * index // n_ranges for index in range(n_ranges + 1)]
+    jobs: list[tuple[Any, ...]] = []
+    for index in range(n_ranges):
+        path = folder / f"{n_ranges}-{index:05d}.pairs"
+        jobs.append((files, edges[index], edges[index + 1], path))
+    counts: list[int] = []
+    inline = n_grams < SMALL_JOB
+    with (
+        progress.task("find shared n-grams", n_ranges, "ranges") as task,
+        ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as pool,
+    ):
+        waiting = [None if inline or _done(job[3]) else pool.submit(_range_pairs, *job) for job in jobs]
+        for job, future in zip(jobs, waiting, strict=True):
+            if future is not None:
+                future.result()
+            elif not _done(job[3]):
+                _range_pairs(*job)
+            counts.append(read_json(job[3].with_suffix(".json"))["n_groups"])
+            task.advance(1)
+    pair_files = [PairFile(job[3], first) for job, first in zip(jobs, [0, *accumulate(counts)], strict=False)]
+    n_pairs = sum(file.path.stat().st_size for file in pair_files) // PAIR.itemsize
+    bucket_rows = max(1, min(BUCKET_ROWS, firsts[-1] * (memory_bytes // 64) // max(n_pairs, 1)))
+    blame = resolve(pair_files, firsts[-1], sum(counts), bucket_rows, n_excluded)
+    return owners(pair_files, blame, bucket_rows)
 
 
-class Deduplicator:
-    """Sees samples in order and says which are duplicates."""
-
-    def __init__(self, n: int = 20, unit: str = "word", exact: bool = True) -> None:
-        self._n, self._unit, self._exact = n, unit, exact
-        self._seen: set[bytes] = set()
-        self._whole: set[bytes] = set()
-
-    def verdict(self, turns: Sequence[str], whole: str) -> str | None:
-        """`"exact duplicate"`, `"n-gram duplicate"` or None (keep); `whole` is the sample with its roles."""
-        digest = blake2b(whole.encode(), digest_size=16).digest()
-        if self._exact and digest in self._whole:
-            return "exact duplicate"
-        grams = {gram for turn in turns for gram in ngrams(turn, self._n, self._unit)} if self._n else set()
-        if not self._seen.isdisjoint(grams):
-            return "n-gram duplicate"
-        self._seen |= grams
-        self._whole.add(digest)
-        return None
+def _done(path: Path) -> bool:
+    return path.with_suffix(".json").exists()

@@ -1,140 +1,96 @@
-"""The prepare stage: every input row ends as a row of the corpus, or in a count with its reason."""
+"""The prepare stage: every input row ends as a row of the corpus, or in the ledger with its reason."""
 
-import hashlib
-import os
-from collections import Counter
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastcache.config import as_dict
-from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION, ROWS_PER_SHARD, SCHEMA
+from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION
 from fastcache.errors import InputError
-from fastcache.files import canonical_json, fsync_directory, read_json, write_json_atomic
+from fastcache.files import fsync_tree, read_json, write_json_atomic
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory, require_space
-from fastcache.stages.prepare.config import PrepareConfig
-from fastcache.stages.prepare.dedup import Deduplicator
-from fastcache.stages.prepare.schema import TEXT_COLUMN, Unusable, detect_column, to_messages, to_text
-from fastcache.stages.prepare.sources import Malformed, read_source
+from fastcache.stages.prepare.config import FREE_ON_RESUME, PrepareConfig
+from fastcache.stages.prepare.dedup import find_repeats
+from fastcache.stages.prepare.ledger import LEDGER_FILE, Ledger
+from fastcache.stages.prepare.ngrams import COLLISION_BITS
+from fastcache.stages.prepare.output import split_bounds, write_rows
+from fastcache.stages.prepare.sources import RECIPES, Source, find_source, stamps
+from fastcache.stages.prepare.staging import stage
 
-Row = dict[str, Any]
+WORK_FOLDER = ".work"
+OWNED = ("*.parquet", CORPUS_FILE, WORK_FOLDER)
 
 
 def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
-    """Make the corpus directory `out`; returns what stands in its corpus.json.
+    """Make the corpus directory `out`, or go on making it; returns what stands in its corpus.json.
 
-    Does nothing if `out` already holds this corpus. Raises `MismatchError` if it was made with other settings,
+    Does nothing if `out` already holds this corpus. Raises `MismatchError` if it was begun with other settings,
     `InputError` for sources that can't be read or leave nothing.
     """
-    with output_directory(out, "prepare", as_dict(config), fresh=fresh):
+    names = (*(RECIPES[config.recipe] if config.recipe else ()), *config.source)
+    if not names:
+        raise InputError("--source is needed (or --recipe fast-paper).")
+    if len(set(names)) < len(names):
+        raise InputError(f"--source names the same source twice: {', '.join(names)}.")
+    sources = [find_source(name) for name in names]
+    settings = {**as_dict(config), "files": stamps(sources)}
+    with output_directory(out, "prepare", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         if (out / CORPUS_FILE).exists():
             progress.say(f"{out} is already prepared; nothing to do (--fresh starts over).")
             return read_json(out / CORPUS_FILE)
-        for leftover in out.glob("*.parquet"):
-            leftover.unlink()
-        rows, kind, counts = _collect(config, progress)
-        info = {**_write(rows, kind, config, out), "counts": counts}
+        try:
+            info = _prepare(sources, config, out, progress)
+        except InputError:  # nothing to go on with: the input must change
+            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+            raise
+        shutil.rmtree(out / WORK_FOLDER)
+        fsync_tree(out)
         write_json_atomic(out / CORPUS_FILE, info)
     return info
 
 
-def _collect(config: PrepareConfig, progress: Progress) -> tuple[list[Row], str, dict[str, Any]]:
-    """All kept rows in input order, `chat` or `text`, and the counts of every source."""
-    deduplicator = Deduplicator(config.ngram, config.unit, config.exact)
-    kept: list[Row] = []
-    kinds: set[str] = set()
-    counts: dict[str, Any] = {}
-    with progress.task("prepare", None, "rows") as task:
-        for source in config.source:
-            dropped: Counter[str] = Counter()
-            n_rows = n_kept = 0
-            for number, raw in enumerate(read_source(source, config.split_name)):
-                if config.max_rows and number >= config.max_rows:
-                    break
-                n_rows += 1
-                try:
-                    row = _usable(raw, config)
-                    if reason := _duplicate(deduplicator, row, config):
-                        raise Unusable(reason)
-                except Unusable as verdict:
-                    dropped[str(verdict)] += 1
-                    if config.strict and "duplicate" not in str(verdict):
-                        place = raw.place if isinstance(raw, Malformed) else f"{source}, row {number}"
-                        raise InputError(f"{place}: {verdict} (--strict). Nothing was written.") from None
-                else:
-                    n_kept += 1
-                    kinds.add("text" if row["messages"] is None else "chat")
-                    kept.append({**row, "source": source, "source_row": number})
-                task.advance(1, f"{len(kept):,} kept")
-            counts[source] = {"rows": n_rows, "kept": n_kept, "dropped": dict(sorted(dropped.items()))}
-    if not kept:
-        raise InputError(f"No usable row in {', '.join(config.source)}: {_explain(counts)}. Nothing was written.")
-    if len(kinds) > 1:
+def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: Progress) -> dict[str, Any]:
+    work = out / WORK_FOLDER
+    plain = replace(config, strict=False, max_rows=0, alternating=False, max_turn_chars=0)
+    excluded = [find_source(name) for name in config.exclude]
+    given = stage(excluded, plain, work / "excluded", progress, texts_too=True) if excluded else []
+    chunks = stage(sources, config, work / "staged", progress)
+    if not chunks:
+        raise InputError(f"No row in {', '.join(source.name for source in sources)}. Nothing was written.")
+    n_given = sum(chunk.n_rows for chunk in given)
+    n_grams = sum(chunk.n_grams for chunk in chunks)
+    require_space(out, 16 * n_grams, "The deduplication's working files")
+    memory = int(config.memory_gib * 2**30)
+    repeats = find_repeats([*given, *chunks], n_given, work / "shared", config.workers, memory, progress)[n_given:]
+    # Numbered from the first row of the corpus: an excluded row gets a number below -1.
+    ledger = Ledger.of(chunks, np.where(repeats < 0, -1, np.where(repeats < n_given, -2, repeats - n_given)))
+    if len(ledger.kinds) > 1:
         raise InputError("The sources mix dialogues and plain texts; prepare them as two corpora.")
-    return kept, kinds.pop(), counts
-
-
-def _explain(counts: dict[str, Any]) -> str:
-    reasons = Counter[str]()
-    for entry in counts.values():
-        reasons.update(entry["dropped"])
-    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()) or "0 rows read"
-
-
-def _usable(raw: Row | Malformed, config: PrepareConfig) -> Row:
-    """The row in one schema, `{"messages", "text"}` with one of the two None; raises `Unusable`."""
-    if isinstance(raw, Malformed):
-        raise Unusable(raw.reason)
-    column = config.column or detect_column(raw)
-    if column is None or raw.get(column) is None:
-        raise Unusable("no known column")
-    if column == TEXT_COLUMN or isinstance(raw[column], str):
-        text = to_text(raw[column])
-        if not text.strip():
-            raise Unusable("empty text")
-        return {"messages": None, "text": text}
-    return {"messages": to_messages(raw[column]), "text": None}
-
-
-def _duplicate(deduplicator: Deduplicator, row: Row, config: PrepareConfig) -> str | None:
-    if row["messages"] is None:  # a document: Algorithm 1 is for dialogues
-        return deduplicator.verdict((), row["text"])
-    counted = [m["content"] for m in row["messages"] if config.ngram_system or m["role"] != "system"]
-    return deduplicator.verdict(counted, canonical_json(row["messages"]))
-
-
-def _write(rows: list[Row], kind: str, config: PrepareConfig, out: Path) -> dict[str, Any]:
-    """Permute, split and write the rows; returns the corpus.json without counts."""
-    order = np.random.default_rng(config.seed).permutation(len(rows))
-    n_eval = min(config.eval_rows, len(rows) // 10)
-    splits = {"eval": (0, n_eval), "train": (n_eval, len(rows))}
-    digest = hashlib.sha256()
-    for name, (start, stop) in splits.items():
-        for number, first in enumerate(range(start, stop, ROWS_PER_SHARD)):
-            last = min(first + ROWS_PER_SHARD, stop)
-            shard = [{"row": row, **rows[order[row]]} for row in range(first, last)]
-            for row in shard:
-                digest.update(canonical_json(row).encode() + b"\n")
-            _write_shard(shard, out / f"{name}-{number:05d}.parquet")
+    if config.exclude and ledger.kinds == {"text"}:
+        raise InputError("--exclude is for dialogues: n-grams are not compared in a corpus of plain texts.")
+    kept = ledger.kept
+    if not len(kept):
+        names = ", ".join(source.name for source in sources)
+        raise InputError(f"No usable row in {names}: {ledger.explain()}. Nothing was written.")
+    numbers = np.full(len(repeats), -1, np.int64)
+    numbers[kept[np.random.default_rng(config.seed).permutation(len(kept))]] = np.arange(len(kept))
+    bounds = split_bounds(len(kept), config)
+    fingerprint = write_rows(chunks, numbers, bounds, out, work / "shards", progress)
+    ledger.write(out / LEDGER_FILE, numbers)
     return {
         "format": "fastcache-corpus",
         "format_version": CORPUS_VERSION,
-        "kind": kind,
-        "fingerprint": digest.hexdigest(),
+        "kind": ledger.kinds.pop(),
+        "fingerprint": fingerprint,
         "settings": as_dict(config),
-        "splits": {name: stop - start for name, (start, stop) in splits.items()},
+        "files": stamps(sources),
+        "splits": {name: stop - start for name, (start, stop) in bounds.items()},
+        "counts": ledger.counts(),
+        "duplicates": ledger.duplicates(),
+        "n_grams": n_grams,
+        "false_drop_probability": float(n_grams) ** 2 / 2.0 ** (COLLISION_BITS + 1),
     }
-
-
-def _write_shard(rows: list[Row], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    require_space(path.parent, table.nbytes, "This part of the corpus")
-    pq.write_table(table, path, compression="zstd")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    fsync_directory(path.parent)

@@ -1,17 +1,43 @@
 """Rows from files and from the hub, as plain dictionaries; what can't be read becomes `Malformed`, with its place."""
 
-import gzip
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from fastcache.assets import DEMO_CHAT, DEMO_TEXT
 from fastcache.errors import InputError
 
-BUILT_IN = {"demo": DEMO_CHAT, "demo-text": DEMO_TEXT}
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: a local file or folder, or a data set on the hub."""
+
+    name: str
+    place: str
+    column: str | None = None
+    config: str | None = None
+
+
+KNOWN = {
+    "wildchat": Source("wildchat", "allenai/WildChat-1M-Full", "conversation"),
+    "infinity-instruct": Source("infinity-instruct", "BAAI/Infinity-Instruct", "conversations", "7M"),
+    "tulu-3": Source("tulu-3", "allenai/tulu-3-sft-mixture", "messages"),
+    "orca-agentinstruct": Source("orca-agentinstruct", "mlabonne/orca-agentinstruct-1M-v1-cleaned", "messages"),
+    "lmsys-chat": Source("lmsys-chat", "lmsys/lmsys-chat-1m", "conversation"),
+    "pile": Source("pile", "monology/pile-uncopyrighted", "text"),
+    "demo": Source("demo", str(DEMO_CHAT)),
+    "demo-text": Source("demo-text", str(DEMO_TEXT)),
+}
+RECIPES = {"fast-paper": ("wildchat", "infinity-instruct", "tulu-3", "orca-agentinstruct", "lmsys-chat")}
+"""The paper's mixture, in the order of its table."""
 
 
 @dataclass(frozen=True)
@@ -22,39 +48,83 @@ class Malformed:
     place: str
 
 
-def read_source(name: str, split: str) -> Iterator[dict[str, Any] | Malformed]:
-    """The rows of a file, of `demo` or `demo-text`, or of a data set on the hub. Raises `InputError` if there is none."""
-    path = BUILT_IN.get(name, Path(name))
-    if not path.is_file():
-        if path.exists() or path.suffix in (".json", ".jsonl", ".parquet", ".gz") or name.count("/") > 1:
-            raise InputError(f"--source {name}: there is no such file.")
-        return _read_hub(name, split)
-    inner = path.with_suffix("") if path.suffix == ".gz" else path
-    if inner.suffix == ".parquet":
-        return _read_parquet(path)
-    if inner.suffix == ".json":
-        return _read_json(path)
-    if inner.suffix == ".jsonl":
-        return _read_jsonl(path)
-    raise InputError(
-        f"--source {name}: expected .jsonl, .json or .parquet (or .gz of the first two), found {path.name}."
-    )
+def find_source(text: str) -> Source:
+    """The source that `--source text` means: a known name, NAME=PATH, a path, or a data set on the hub."""
+    name, equals, place = text.partition("=")
+    if equals and name in KNOWN:
+        return Source(name, place, KNOWN[name].column)
+    return KNOWN.get(text, Source(text, text))
+
+
+def stamps(sources: Iterable[Source]) -> dict[str, list[int]]:
+    """Size in bytes and time of change in ns of every local file of `sources`: tells when one has changed."""
+    found = {}
+    for source in sources:
+        path = Path(source.place)
+        for file in [path] if path.is_file() else _files_below(path) if path.is_dir() else []:
+            status = file.stat()
+            found[str(file)] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and _inner_suffix(path) in SUFFIXES)
+
+
+def read_source(source: Source, split: str) -> Iterator[dict[str, Any] | Malformed]:
+    """The rows of a source, in order. Raises `InputError` if there is no such source."""
+    path = Path(source.place)
+    if path.is_dir():
+        return _read_folder(path, source.name)
+    if path.is_file():
+        return _read_file(path)
+    hub_name = source.place.count("/") <= 1 and not source.place.startswith((".", "/", "~"))
+    if not hub_name or _inner_suffix(path) in SUFFIXES:
+        raise InputError(f"--source {source.name}: there is no such file: {path}.")
+    return _read_hub(source, split)
+
+
+def _inner_suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+
+
+def _read_folder(folder: Path, name: str) -> Iterator[dict[str, Any] | Malformed]:
+    """Every file below `folder` that can be read, in the order of their paths."""
+    paths = _files_below(folder)
+    if not paths:
+        raise InputError(f"--source {name}: the folder {folder} holds no {', '.join(SUFFIXES)} file.")
+    for path in paths:
+        yield from _read_file(path)
+
+
+def _read_file(path: Path) -> Iterator[dict[str, Any] | Malformed]:
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    if _inner_suffix(path) not in readers:
+        raise InputError(f"{path}: expected a {', '.join(SUFFIXES)} file, perhaps with .gz or .zst.")
+    return readers[_inner_suffix(path)](path)
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return pa.input_stream(str(path), compression=COMPRESSED.get(path.suffix))
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    with _open(path) as file:
-        number = 0
-        try:
-            for line in file:
-                number += 1
-                if line.strip():
-                    yield _parse(line, f"{path}:{number}")
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
-            yield Malformed("unreadable file", f"{path} after line {number}: {error}")
+    number = 0
+    try:
+        with _open(path) as file:
+            tail = b""
+            while data := file.read(1 << 20):
+                *lines, tail = (tail + data).split(b"\n")
+                for line in lines:
+                    number += 1
+                    if line.strip():
+                        yield _parse(line, f"{path}:{number}")
+            if tail.strip():
+                yield _parse(tail, f"{path}:{number + 1}")
+    except OSError as error:
+        raise InputError(
+            f"{path} breaks off or is damaged after line {number} ({error}). Fetch it again, or unpack what can be saved."
+        ) from error
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any] | Malformed:
@@ -66,11 +136,11 @@ def _parse(line: bytes, place: str) -> dict[str, Any] | Malformed:
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    with _open(path) as file:
-        try:
-            rows = json.load(file)
-        except (ValueError, RecursionError, EOFError) as error:
-            raise InputError(f"{path} is not JSON: {error}. For one row a line, name it .jsonl.") from error
+    try:
+        with _open(path) as file:
+            rows = json.loads(file.read())
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not JSON: {error}. For one row a line, name it .jsonl.") from error
     if not isinstance(rows, list):
         raise InputError(f"{path} should hold a JSON array of rows, found {type(rows).__name__}.")
     for number, row in enumerate(rows):
@@ -78,7 +148,6 @@ def _read_json(path: Path) -> Iterator[dict[str, Any] | Malformed]:
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -88,15 +157,27 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any] | Malformed]:
         raise InputError(f"{path} is not a readable Parquet file: {error}.") from error
 
 
-def _read_hub(name: str, split: str) -> Iterator[dict[str, Any] | Malformed]:
+def _read_arrow(path: Path) -> Iterator[dict[str, Any] | Malformed]:
+    """The Arrow stream that `datasets` keeps a data set in."""
+    try:
+        with _open(path) as file, pa.ipc.open_stream(file) as batches:
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is not a readable Arrow stream: {error}.") from error
+
+
+def _read_hub(source: Source, split: str) -> Iterator[dict[str, Any] | Malformed]:
     from datasets import load_dataset
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's business
     try:
-        yield from load_dataset(name, split=split, streaming=True)
+        yield from load_dataset(source.place, source.config, split=split, streaming=True)
     except Exception as error:  # datasets raises many kinds, from many libraries
+        reason = (str(error).splitlines() or [""])[0][:200]
         raise InputError(
-            f"--source {name}: no file of this name, and the hub could not give the data set "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the name and the network; for a gated set, "
-            "accept its terms on its page and run `hf auth login`."
+            f"--source {source.name}: no file of this name, and the hub could not give the data set {source.place} "
+            f"({type(error).__name__}: {reason}). Check the name and the network; for a gated set, accept its terms at "
+            f"https://huggingface.co/datasets/{source.place} and run `hf auth login`; for a local copy, say "
+            f"--source {source.name}=PATH."
         ) from error

@@ -149,7 +149,9 @@ def training_curves(runs: list[tuple[Evaluation, Lines]]) -> str:
                 tokens = [line["step"] * evaluation["training"]["batch_size"] for line in lines]
                 method = evaluation["trained_on"]
                 colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
-                ax.plot(tokens, [line["fvu"] for line in lines], color=colour, label=method, linewidth=1.4)
+                ax.plot(
+                    tokens, [line["fvu"] or float("nan") for line in lines], color=colour, label=method, linewidth=1.4
+                )
             ax.set_title(", ".join(panel))
             ax.set_yscale("log")
             _plain_ticks(ax.yaxis)

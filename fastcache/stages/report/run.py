@@ -1,18 +1,16 @@
 """The report stage: collects what runs left behind and fills the page's template."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastcache import __version__
 from fastcache.cache_format.reader import open_cache
+from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
-from fastcache.files import read_json, write_bytes_atomic
+from fastcache.files import read_json, read_json_lines, require_fields, write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
-
-SPLIT_TITLES = {"all": "all", "special": "special", "special_not_first": "special, not first", "content": "content"}
 
 
 def require_report_packages() -> None:
@@ -31,6 +29,8 @@ def write_report(config: ReportConfig) -> None:
 
     runs = [_run(Path(folder)) for folder in config.sae]
     evaluations = [evaluation for evaluation, _ in runs]
+    if len({(e["held_out"]["fingerprint"], e["held_out"]["dialogues"]) for e in evaluations}) > 1:
+        raise InputError("These SAEs were evaluated on different held-out dialogues; evaluate them together first.")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -60,8 +60,9 @@ def _run(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
             f"{folder} has no evaluation.json: run `fastcache evaluate --sae {folder} --cache HELD_OUT_CACHE`."
         )
     metrics = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    return read_json(folder / "evaluation.json"), lines
+    evaluation = read_json(folder / "evaluation.json")
+    require_fields(evaluation, {"splits": dict, "training": dict, "held_out": dict}, folder / "evaluation.json")
+    return evaluation, read_json_lines(metrics)
 
 
 def _cache(path: Path) -> dict[str, Any]:

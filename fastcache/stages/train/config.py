@@ -7,8 +7,8 @@ from fastcache.config import option
 
 PAPER_LAMBDA = {"standard": 5.0, "jumprelu": 0.01}
 
-FREE_ON_RESUME = ("checkpoint_every", "device")
-"""Settings that don't change the result."""
+FREE_ON_RESUME = ("cache", "checkpoint_every", "device")
+"""Settings that may differ on resume: the cache goes by its fingerprint, so that it may be moved."""
 
 
 @dataclass(frozen=True)
@@ -17,27 +17,33 @@ class TrainConfig:
 
     cache: str = option(help="Cache made by `fastcache extract`.")
     arch: str = option(choices=("standard", "jumprelu"), help="Architecture.")
-    layer: int | None = option(None, help="Layer to train on; needed where the cache holds several.")
-    expansion: int = option(8, help="d_sae = expansion * d_in.")
-    coefficient: float | None = option(None, help="Sparsity coefficient lambda. Default: 5 standard, 0.01 jumprelu.")
-    tokens: int | None = option(
-        None, help="Training tokens. Default: one pass over the cache, at most the paper's 40,960,000."
+    layer: int | None = option(None, help="Layer to train on; needed where the cache holds several.", at_least=0)
+    expansion: int = option(8, help="d_sae = expansion * d_in.", at_least=1)
+    coefficient: float | None = option(
+        None, help="Sparsity coefficient. Default: 5 standard, 0.01 jumprelu.", at_least=0
     )
-    batch_size: int = option(128, help="Tokens of a batch.")
-    lr: float = option(7e-5, help="Peak learning rate.")
-    lr_end: float = option(7e-6, help="Learning rate at the end of the cosine.")
-    lr_warm_up: float = option(0.05, help="Share of the steps with rising learning rate.")
-    lr_decay: float = option(0.2, help="Share of the steps, at the end, over which it falls to 0.")
-    coefficient_warm_up: float = option(0.03125, help="Share of the steps over which lambda rises from 0.")
-    bandwidth: float = option(0.001, help="Kernel bandwidth of the jumprelu gradients.")
-    threshold: float = option(0.001, help="Initial threshold of the jumprelu latents.")
-    clip_norm: float = option(1.0, help="Largest norm of the gradient; 0 clips nothing.")
-    buffer_tokens: int = option(1_000_000, help="Rows of the mixing buffer.")
-    dead_window: int = option(1000, help="A latent is dead when it did not fire for so many steps.")
-    seed: int = option(42, help="Seed of weights and shuffle.")
+    tokens: int | None = option(
+        None, help="Training tokens. Default: one pass over the cache, at most the paper's 40,960,000.", at_least=1
+    )
+    batch_size: int = option(128, help="Tokens of a batch.", at_least=1)
+    lr: float = option(7e-5, help="Peak learning rate.", at_least=0)
+    lr_end: float = option(7e-6, help="Learning rate at the end of the cosine.", at_least=0)
+    lr_warm_up: float = option(0.05, help="Share of the steps with rising learning rate.", at_least=0, at_most=1)
+    lr_decay: float = option(
+        0.2, help="Share of the steps, at the end, over which it falls to 0.", at_least=0, at_most=1
+    )
+    coefficient_warm_up: float = option(
+        0.03125, help="Share of the steps over which it rises from 0.", at_least=0, at_most=1
+    )
+    bandwidth: float = option(0.001, help="Kernel bandwidth of the jumprelu gradients.", at_least=1e-12)
+    threshold: float = option(0.001, help="Initial threshold of the jumprelu latents.", at_least=1e-12)
+    clip_norm: float = option(1.0, help="Largest norm of the gradient; 0 clips nothing.", at_least=0)
+    buffer_tokens: int = option(1_000_000, help="Rows of the mixing buffer.", at_least=1)
+    dead_window: int = option(1000, help="A latent is dead when it did not fire for so many steps.", at_least=1)
+    seed: int = option(42, help="Seed of weights and shuffle.", at_least=0)
     device: str | None = option(None, help="Device to train on. Default: cuda where there is one, else cpu.")
-    checkpoint_every: int = option(5000, help="Steps between checkpoints.")
-    log_every: int = option(50, help="Steps between lines of the metrics log.")
+    checkpoint_every: int = option(5000, help="Steps between checkpoints.", at_least=1)
+    log_every: int = option(50, help="Steps between lines of the metrics log.", at_least=1)
 
     def resolved_coefficient(self) -> float:
         """Lambda, given or the paper's."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fastcache.cache_format.reader import Cache, Rows, open_cache
+from fastcache.cache_format.schema import UNIT_ROWS
 from fastcache.config import as_dict
+from fastcache.devices import choose_device
 from fastcache.errors import InputError
-from fastcache.files import fingerprint, write_bytes_atomic
+from fastcache.files import fingerprint, read_json_lines, write_bytes_atomic
 from fastcache.interrupt import deferred_interrupt
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory, require_space
@@ -25,6 +27,7 @@ PAPER_TOKENS = 40_960_000
 MEDIAN_UNITS = 32
 SHORT_RUN_STEPS = 20_000
 METRICS_FILE = "metrics.jsonl"
+OWNED = ("checkpoints", "sae.*", METRICS_FILE, "evaluation.json")
 
 
 def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
@@ -40,19 +43,18 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
     Raises `InputError` for a cache that can't serve, `MismatchError` if `out` was begun otherwise, `NonFiniteError`.
     """
     cache = open_cache(config.cache)
-    if not cache.complete:
-        raise InputError(f"{config.cache} is not complete: run its `fastcache extract` command again to finish it.")
+    cache.require_complete()
     if cache.manifest.identity["corpus"]["split"] != "train":
         raise InputError(f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of --split train.")
     hook = cache.require_hook(None if config.layer is None else f"resid_post.{config.layer}")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    n_steps = (config.tokens or min(cache.n_tokens, PAPER_TOKENS)) // config.batch_size
+    device = choose_device(config.device)
+    n_steps = (min(cache.n_tokens, PAPER_TOKENS) if config.tokens is None else config.tokens) // config.batch_size
     if n_steps < 1:
         raise InputError(f"--tokens {config.tokens} is less than one batch of {config.batch_size}.")
     settings = {**as_dict(config), "cache_fingerprint": fingerprint(cache.manifest.identity)}
     parameters = 2 * config.expansion * cache.d_in**2
     require_space(out, 4 * parameters * 10, "An SAE of this size with its checkpoints")
-    with output_directory(out, "train", settings, free=FREE_ON_RESUME, fresh=fresh):
+    with output_directory(out, "train", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         if (out / INFO_FILE).exists():
             progress.say(f"{out} is trained; nothing to do (--fresh starts over).")
             return load_sae(out)[1]
@@ -75,7 +77,7 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
 def _median_sample(cache: Cache, hook: str, seed: int, device: str) -> Tensor:
     """Rows of some random units, for the geometric median."""
     units = UnitStream(cache, hook, seed)
-    n_units = min(MEDIAN_UNITS, -(-cache.n_tokens // 256))
+    n_units = min(MEDIAN_UNITS, -(-cache.n_tokens // UNIT_ROWS))
     rows = np.concatenate([units.next_unit()[1] for _ in range(n_units)])
     return to_tensor(rows, cache.manifest.dtype, device)
 
@@ -94,11 +96,11 @@ def _run(trainer: Trainer, buffer: MixingBuffer, dtype: str, out: Path, progress
             last = trainer.step_number == trainer.n_steps
             save = interrupt.requested or (trainer.step_number % config.checkpoint_every == 0 and not last)
             note = ""
-            if last or save or trainer.step_number % config.log_every == 0:
+            if last or trainer.step_number % config.log_every == 0:
                 line = trainer.figures(x, figures)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                note = "loss {loss:.4g}  L0 {l0:.1f}  FVU {fvu:.3f}  dead {dead_latents}".format(**line)
+                note = _note(line)
             if save:
                 save_checkpoint(out, trainer, buffer)
             task.advance(len(x), note)
@@ -106,13 +108,16 @@ def _run(trainer: Trainer, buffer: MixingBuffer, dtype: str, out: Path, progress
                 raise KeyboardInterrupt
 
 
+def _note(line: dict[str, Any]) -> str:
+    fvu = "-" if line["fvu"] is None else f"{line['fvu']:.3f}"
+    return f"loss {line['loss']:.4g}  L0 {line['l0']:.1f}  FVU {fvu}  dead {line['dead_latents']}"
+
+
 def _cut_log(out: Path, step_number: int) -> None:
     """Drop the lines of steps after the checkpoint: they are done again."""
     path = out / METRICS_FILE
-    if path.exists():
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step_number]
-        write_bytes_atomic(path, b"".join(kept))
+    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step_number]
+    write_bytes_atomic(path, "".join(kept).encode())
 
 
 def _provenance(config: TrainConfig, cache: Cache, hook: str, n_steps: int) -> dict[str, Any]:

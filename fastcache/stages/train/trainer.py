@@ -1,5 +1,6 @@
 """One SAE being trained: parameters, optimiser, schedules, and what has to be kept to go on later."""
 
+import math
 from typing import Any
 
 import torch
@@ -58,26 +59,27 @@ class Trainer:
         self._optimizer.step()
         self.sae.normalise_decoder()
         self.step_number += 1
-        self._last_fired[figures.fired] = self.step_number
+        self._last_fired.masked_fill_(figures.fired, self.step_number)
         return figures
 
-    def figures(self, x: Tensor, figures: StepFigures) -> dict[str, float]:
+    def figures(self, x: Tensor, figures: StepFigures) -> dict[str, float | None]:
         """The line of the metrics log for the step just done on x `[n, d_in]`; raises `NonFiniteError` for NaN."""
-        variance = (x - x.mean(0)).square().sum(1).mean()
+        variance = float((x - x.mean(0)).square().sum(1).mean())
         dead = (self.step_number - self._last_fired > self.config.dead_window).sum()
-        line = {
+        line: dict[str, float | None] = {
             "step": self.step_number,
             "loss": float(figures.loss),
             "mse": float(figures.squared_error) / self.sae.d_in,
             "sparsity": float(figures.sparsity),
             "l0": float(figures.l0),
-            "fvu": float(figures.squared_error / variance),
+            "fvu": float(figures.squared_error) / variance if variance else None,  # a batch of equal rows has none
             "dead_latents": int(dead),
             "learning_rate": self._rate.at(self.step_number - 1),
         }
-        if not all(torch.isfinite(torch.tensor(value)) for value in line.values()):
+        odd = {name: value for name, value in line.items() if value is not None and not math.isfinite(value)}
+        if odd:
             raise NonFiniteError(
-                f"Training became NaN or infinite at or before step {self.step_number} (loss {line['loss']}). "
+                f"Training became NaN or infinite at or before step {self.step_number}: {odd}. "
                 "The last checkpoint is kept. Try a lower --lr, or look at the cache with `fastcache inspect`."
             )
         return line

@@ -1,0 +1,17 @@
+"""Where torch computes."""
+
+from fastcache.errors import InputError
+
+
+def choose_device(wanted: str | None) -> str:
+    """`wanted`, or `cuda` where there is one, else `cpu`; raises `InputError` for a device that isn't there."""
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {wanted} can't be used here ({reason}). Leave it out, or say cpu.") from error
+    return wanted

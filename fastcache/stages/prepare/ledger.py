@@ -1,0 +1,123 @@
+"""What became of every input row, in compact columns: counts by reason, who repeats whom, and the ledger file."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastcache.stages.prepare.staging import Chunk
+
+LEDGER_FILE = "ledger.parquet"
+KEPT = "kept"
+EXACT, NGRAM, EXCLUDED = "exact duplicate", "n-gram duplicate", "in an excluded set"
+ROWS_PER_GROUP = 500_000
+
+Codes = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.int64]
+
+
+def _coded(values: pa.ChunkedArray, names: list[str]) -> Codes:
+    """Place of each value in `names`, which grows by those it lacks."""
+    encoded = values.combine_chunks().dictionary_encode()
+    known = encoded.dictionary.to_pylist()
+    names += [name for name in known if name not in names]
+    places = np.array([names.index(name) for name in known], np.int32)
+    return places[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
+@dataclass
+class Ledger:
+    """Columns over all input rows, in order: source, row there, outcome, and the input row that it repeats, or -1."""
+
+    sources: list[str]
+    outcomes: list[str]
+    source: Codes
+    source_row: Numbers
+    outcome: Codes
+    repeats: Numbers
+    kinds: set[str]
+    """`chat`, `text` or both: what the usable rows are."""
+
+    @classmethod
+    def of(cls, chunks: list[Chunk], repeats: Numbers) -> "Ledger":
+        """From the staged rows and the row that each repeats: -1 for none, less for one of an excluded set."""
+        sources: list[str] = []
+        outcomes = [KEPT, EXACT, NGRAM, EXCLUDED]
+        columns: list[tuple[Any, ...]] = []
+        kinds: set[str] = set()
+        for chunk in chunks:
+            table = pq.read_table(chunk.rows_path, columns=["source", "source_row", "reason", "whole", "text"])
+            n_texts = chunk.n_rows - table["text"].null_count
+            kinds |= ({"text"} if n_texts else set()) | ({"chat"} if table["reason"].null_count > n_texts else set())
+            digests = table["whole"].combine_chunks().fill_null(bytes(12)).to_numpy(zero_copy_only=False).astype("S12")
+            reasons = _coded(table["reason"].fill_null(KEPT), outcomes)
+            columns.append((_coded(table["source"], sources), table["source_row"].to_numpy(), reasons, digests))
+        source, source_row, outcome, whole = (np.concatenate(column) for column in zip(*columns, strict=True))
+        same = (repeats >= 0) & (whole == whole[np.maximum(repeats, 0)])
+        outcome[repeats >= 0] = outcomes.index(NGRAM)
+        outcome[same] = outcomes.index(EXACT)
+        outcome[repeats < -1] = outcomes.index(EXCLUDED)
+        return cls(sources, outcomes, source, source_row, outcome, np.maximum(repeats, -1), kinds)
+
+    @property
+    def kept(self) -> Numbers:
+        """Input rows that are kept, in order."""
+        return np.flatnonzero(self.outcome == 0)
+
+    def counts(self) -> dict[str, Any]:
+        """Rows read, kept, and dropped by reason, of every source."""
+        table = np.zeros((len(self.sources), len(self.outcomes)), np.int64)
+        np.add.at(table, (self.source, self.outcome), 1)
+        return {
+            name: {
+                "rows": int(row.sum()),
+                "kept": int(row[0]),
+                "dropped": {reason: int(n) for reason, n in sorted(zip(self.outcomes[1:], row[1:], strict=True)) if n},
+            }
+            for name, row in zip(self.sources, table, strict=True)
+        }
+
+    def explain(self) -> str:
+        """The reasons for dropping, most frequent first."""
+        reasons = Counter[str]()
+        for entry in self.counts().values():
+            reasons.update(entry["dropped"])
+        return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+
+    def duplicates(self) -> dict[str, dict[str, int]]:
+        """How many rows of a source repeat a kept row of each source."""
+        table = np.zeros((len(self.sources),) * 2, np.int64)
+        dropped = np.flatnonzero(self.repeats >= 0)
+        np.add.at(table, (self.source[dropped], self.source[self.repeats[dropped]]), 1)
+        return {
+            name: {other: int(n) for other, n in zip(self.sources, row, strict=True) if n}
+            for name, row in zip(self.sources, table, strict=True)
+        }
+
+    def write(self, path: Path, numbers: Numbers) -> None:
+        """Write the ledger file; `numbers` `[n]` holds the number in the corpus of each input row, or -1."""
+        schema = pa.schema(
+            {"source": pa.string(), "source_row": pa.int64(), "outcome": pa.string(), "row": pa.int64()}
+            | {"repeats_source": pa.string(), "repeats_row": pa.int64()}
+        )
+        sources, outcomes = (pa.array(names, pa.string()) for names in (self.sources, self.outcomes))
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for start in range(0, len(self.source), ROWS_PER_GROUP):
+                rows = slice(start, start + ROWS_PER_GROUP)
+                repeated = self.repeats[rows]
+                none = repeated < 0
+                other = pa.array(self.source[repeated], mask=none)
+                columns = [
+                    sources.take(pa.array(self.source[rows])),
+                    pa.array(self.source_row[rows]),
+                    outcomes.take(pa.array(self.outcome[rows])),
+                    pa.array(numbers[rows], mask=numbers[rows] < 0),
+                    sources.take(other),
+                    pa.array(self.source_row[repeated], mask=none),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
