@@ -4,11 +4,13 @@ A row is a dialogue (`messages`) or a plain document (`text`). Rows are numbered
 splits; that number is the row's name everywhere downstream.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -35,6 +37,7 @@ class CorpusRow:
     """One dialogue or document."""
 
     row: int
+    source: str
     messages: list[dict[str, str]] | None
     text: str | None
 
@@ -50,10 +53,10 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
 class Corpus:
     """A corpus directory opened for reading."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises `FormatError` if `path` is no corpus directory of this version."""
+    def __init__(self, path: Path, info: dict[str, Any] | None = None) -> None:
+        """Raises `FormatError` if `path` is no corpus directory of this version; `info` stands in for its corpus.json."""
         self.path = path
-        self.info: dict[str, Any] = read_json(path / CORPUS_FILE)
+        self.info = info or read_json(path / CORPUS_FILE)
         if self.info.get("format") != "fastcache-corpus" or str(self.info.get("format_version"))[:2] != "1.":
             raise FormatError(
                 f"{path / CORPUS_FILE} is not a fastcache corpus of version 1.x. Run `fastcache prepare`."
@@ -79,13 +82,22 @@ class Corpus:
             raise InputError(f"{self.path} has no rows in the split {split!r}; it has {known}.")
         return int(splits[split])
 
+    def sources_of(self, split: str, rows: set[int]) -> dict[str, int]:
+        """How many of `rows` come from each source."""
+        counts = Counter[str]()
+        for path in sorted(self.path.glob(f"{split}-*.parquet")) if rows else []:
+            table = pq.read_table(path, columns=["row", "source"])
+            wanted = pa.array(np.isin(table["row"].to_numpy(), list(rows)))
+            counts.update(table["source"].filter(wanted).to_pylist())
+        return dict(sorted(counts.items()))
+
     def rows(self, split: str) -> Iterator[CorpusRow]:
         """The rows of a split, in order; raises `IntegrityError` at the end if some are missing."""
         expected, found = self.n_rows(split), 0
         for path in sorted(self.path.glob(f"{split}-*.parquet")):
             for raw in _rows_of(path):
                 found += 1
-                yield CorpusRow(raw["row"], raw["messages"], raw["text"])
+                yield CorpusRow(raw["row"], raw["source"], raw["messages"], raw["text"])
         if found != expected:
             raise IntegrityError(
                 f"{self.path} has {found} rows in the split {split!r}, expected {expected}. Prepare it again."

@@ -95,6 +95,7 @@ def test_the_ledger_accounts_for_every_row(tiny_qwen, chat_corpus, tmp_path):
     n_rows = Corpus(chat_corpus).n_rows("train")
     assert ledger["stored"] + ledger["truncated"] + sum(ledger["skipped"].values()) + ledger["not reached"] == n_rows
     assert ledger["stored"] + ledger["truncated"] == cache.n_instances
+    assert sum(ledger["truncated_by_source"].values()) == ledger["truncated"]
     assert ledger["truncated"] == sum(len(instance) == 64 for instance in cache.instances()) > 0
     assert cache.n_tokens <= 1500
 

@@ -68,7 +68,7 @@ def write_cache(root, lengths=(19, 20), dtype="bfloat16", identity=None):
     part = writer.part(0, instances)
     for n in lengths:
         part.append({HOOK: rng.normal(size=(n, D_IN)).astype(np.float32)})
-    writer.committed[0] = part.commit({"stored": len(lengths), "truncated": [], "skipped": {"no tokens": [7]}})
+    writer.committed[0] = part.commit({"stored": len(lengths), "truncated": [8], "skipped": {"no tokens": [7]}})
     return writer
 
 
@@ -103,7 +103,8 @@ def complete_manifest(tmp_path_factory):
         return {HOOK: np.ones((len(token_ids), D_IN))}
 
     writer.manifest.parity = check_parity(ones, ones, [np.arange(3)], "float32")
-    _finish(writer, 3)
+    corpus = SimpleNamespace(n_rows=lambda _split: 4, sources_of=lambda _split, rows: {"some-set": len(rows)})
+    _finish(writer, SimpleNamespace(config=SimpleNamespace(split="train"), corpus=corpus))
     return json.loads((folder / "cache" / MANIFEST_FILE).read_text())
 
 
@@ -115,6 +116,7 @@ def leaves(value, path=""):
         (r"^(.*\.norm_quantiles)\..*", r"\1.<q>"),
         (r"^versions\..*", "versions.<package>"),
         (r"^ledger\.skipped\..*", "ledger.skipped.<reason>"),
+        (r"^ledger\.truncated_by_source\..*", "ledger.truncated_by_source.<source>"),
         (r"^totals\.tokens_by_type\..*", "totals.tokens_by_type.<flag>"),
     ]
     if not isinstance(value, dict):

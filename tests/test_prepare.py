@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -172,6 +173,70 @@ def test_excluded_sets_are_kept_out(tmp_path):
     info, kept = run(tmp_path / "out", path, exclude=(test_set,))
     assert info["counts"][path]["dropped"] == {"in an excluded set": 1}
     assert len(kept) == 1
+
+
+def test_near_duplicates_are_dropped_on_request(tmp_path):
+    words = [f"w{i}" for i in range(200)]
+    near = " ".join(w if i % 60 else "other" for i, w in enumerate(words))
+    path = write(
+        tmp_path / "rows.jsonl",
+        [dialogue(text, "yes") for text in (" ".join(words), near, "quite another text of five words")],
+    )
+    plain, _ = run(tmp_path / "plain", path, ngram=0)
+    info, _ = run(tmp_path / "near", path, ngram=0, minhash=0.7)
+    assert plain["counts"][path]["dropped"] == {}
+    assert info["counts"][path]["dropped"] == {"near duplicate": 1}
+    assert info["duplicates"] == {path: {path: 1}}
+
+
+def test_token_lengths_are_those_of_the_chat_template(tmp_path):
+    from transformers import AutoTokenizer
+
+    from fastcache.assets import DEMO
+
+    path = write(tmp_path / "rows.jsonl", [dialogue("word " * i, "yes") for i in range(1, 40)])
+    info, _ = run(tmp_path / "out", path, model="demo", ngram=0)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    rows = Corpus(tmp_path / "out").rows("train")
+    lengths = [len(tokenizer.apply_chat_template(row.messages, return_dict=False)) for row in rows]
+    found = info["token_lengths"]
+    assert found["mean"] == pytest.approx(np.mean(lengths))
+    assert found["counts"] == np.histogram(lengths, found["edges"])[0].tolist()
+    assert sum(found["counts"]) == info["splits"]["train"]
+
+
+odd_json = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "assistant", "\x00", " "]),
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "messages", "text", "prompt"]), children, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(values=st.lists(odd_json | st.binary(max_size=20), min_size=1, max_size=6))
+def test_any_rows_are_kept_or_counted(values, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    lines = [value if isinstance(value, bytes) else json.dumps(value).encode() for value in values]
+    lines = [line.replace(b"\n", b"") for line in lines]
+    (folder / "rows.jsonl").write_bytes(b"\n".join([json.dumps(dialogue("good", "one")).encode(), *lines]))
+    try:
+        info, kept = run(folder / "out", str(folder / "rows.jsonl"))
+    except InputError as error:
+        assert "two corpora" in str(error)  # noqa: PT017 - the only way in which good rows may be refused
+        return
+    counts = info["counts"][str(folder / "rows.jsonl")]
+    assert counts["rows"] == 1 + sum(bool(line.strip()) for line in lines)
+    assert counts["kept"] + sum(counts["dropped"].values()) == counts["rows"]
+    assert counts["kept"] == len(kept) >= 1
 
 
 def test_the_ledger_file_settles_every_input_row(tmp_path):
@@ -397,3 +462,34 @@ def test_the_five_sft_sets_are_read_and_their_counts_add_up(testdata, name, tmp_
     assert counts["rows"] == 300
     assert counts["kept"] + sum(counts["dropped"].values()) == counts["rows"]
     assert counts["kept"] == len(kept) > 100
+
+
+REAL_SETS = ["multi/moss", "multi/glaive_toolcall", "multi/fastchat_dummy_conversation", "multi/topical_chat"]
+REAL_SETS += ["single/gpteacher_codegen", "single/codealpaca_new", "single/gpteacher_roleplay", "single/gsm8k_train"]
+
+
+def test_real_dialogues_are_those_that_algorithm_1_keeps(testdata, tmp_path):
+    paths = [str(testdata / f"sft/{name}.jsonl") for name in REAL_SETS]
+    info, kept = run(tmp_path / "out", *paths, exact=False)
+    ledger = pq.read_table(tmp_path / "out/ledger.parquet").to_pylist()
+    assert len(ledger) == sum(counts["rows"] for counts in info["counts"].values())
+    assert all(c["kept"] + sum(c["dropped"].values()) == c["rows"] for c in info["counts"].values())
+    samples, rows = [], []
+    for path in paths:
+        with Path(path).open() as file:
+            for number, line in enumerate(file):
+                try:
+                    messages = to_messages(json.loads(line)["messages"])
+                except Unusable:
+                    continue
+                samples.append([m["content"] for m in messages if m["role"] != "system"])
+                rows.append((path, number))
+    expected = {rows[index] for index in kept_by_algorithm_1(samples, 20, "word")}
+    assert {(row["source"], row["source_row"]) for row in ledger if row["outcome"] == "kept"} == expected
+    assert len(kept) == len(expected) < len(samples)
+
+
+def test_the_same_set_twice_is_found_row_for_row(testdata, tmp_path):
+    first, second = (str(testdata / f"sft/single/{name}.jsonl") for name in ("gpteacher_codegen", "codealpaca_new"))
+    info, _ = run(tmp_path / "out", first, second)
+    assert info["counts"][second]["kept"] == 0

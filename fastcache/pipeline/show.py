@@ -48,7 +48,9 @@ def show_cache(console: Console, cache: Cache) -> None:
     if totals:
         types = ", ".join(f"{name.lower().replace('_', ' ')} {n:,}" for name, n in totals["tokens_by_type"].items())
         skipped = ", ".join(f"{reason} {count:,}" for reason, count in ledger["skipped"].items()) or "0"
-        counts = f"stored {ledger['stored']:,}, truncated {ledger['truncated']:,}, skipped {skipped}"
+        by_source = ", ".join(f"{source} {n:,}" for source, n in ledger["truncated_by_source"].items())
+        truncated = f"truncated {ledger['truncated']:,}" + (f" ({by_source})" if by_source else "")
+        counts = f"stored {ledger['stored']:,}, {truncated}, skipped {skipped}"
         rows += [
             ("by type", types),
             ("size", f"{totals['n_bytes'] / 1e6:,.1f} MB, {manifest.dtype}, d_in {manifest.d_in}"),
@@ -90,6 +92,8 @@ def show_sae(console: Console, path: Path) -> None:
     rows = [("state", "trained" if finished else "not finished: run its train command again")]
     if finished:
         info = read_json(path / "sae.json")
+        fields = {"architecture": str, "d_in": int, "d_sae": int, "model": dict, "method": dict, "training": dict}
+        require_fields(info, {**fields, "hook_point": str}, path / "sae.json")
         rows += [
             ("architecture", f"{info['architecture']}, d_in {info['d_in']}, d_sae {info['d_sae']}"),
             ("of", f"{info['model']['name']} {info['hook_point']}, method {info['method']['name']}"),

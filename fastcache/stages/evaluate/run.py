@@ -14,7 +14,7 @@ from fastcache.cache_format.schema import SPLITS, select
 from fastcache.config import differences
 from fastcache.devices import choose_device
 from fastcache.errors import InputError, MismatchError
-from fastcache.files import fingerprint, write_json_atomic
+from fastcache.files import fingerprint, require_fields, write_json_atomic
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.metrics import Metrics
@@ -67,6 +67,8 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
 
 def _load(folder: Path, cache: Cache, device: str) -> _Candidate:
     sae, info = load_sae(folder)
+    fields = {"hook_point": str, "model": dict, "tokenizer": dict, "method": dict, "training": dict}
+    require_fields(info, fields, folder / "sae.json")
     if info["hook_point"] not in cache.hook_points:
         held = ", ".join(cache.hook_points)
         raise MismatchError(f"{folder} was trained at {info['hook_point']}, but {cache.path} holds {held}.")

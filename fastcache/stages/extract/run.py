@@ -158,7 +158,7 @@ def extract(
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
             for unit in cut_units(job.items(), config.unit_tokens, config.tokens):
                 _compute(unit, writer, backend, task)
-        return _finish(writer, job.corpus.n_rows(config.split))
+        return _finish(writer, job)
 
 
 def _parity(job: Job, sample: list[Instance], backend: TransformersBackend, progress: Progress) -> dict[str, Any]:
@@ -189,14 +189,17 @@ def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task
     writer.committed[unit.index] = part.commit(part_ledger(unit.entries))
 
 
-def _finish(writer: CacheWriter, n_rows: int) -> Cache:
+def _finish(writer: CacheWriter, job: Job) -> Cache:
     """Check the totals and mark the cache complete."""
     records = [writer.committed[index] for index in sorted(writer.committed)]
     if not records:
         raise InputError("--tokens leaves no room for a single sequence; nothing was cached.")
     cache = Cache(writer.root)
     manifest = writer.manifest
-    manifest.ledger = total_ledger((record.ledger for record in records), n_rows)
+    split = job.config.split
+    manifest.ledger = total_ledger((record.ledger for record in records), job.corpus.n_rows(split))
+    truncated = {row for record in records for row in record.ledger["truncated"]}
+    manifest.ledger["truncated_by_source"] = job.corpus.sources_of(split, truncated)
     manifest.statistics = {hook: cache.statistics(hook).summary() for hook in manifest.hook_points}
     manifest.totals = {
         "n_tokens": cache.n_tokens,

@@ -29,6 +29,15 @@ class PrepareConfig:
     exclude: tuple[str, ...] = option(
         (), help="Drop what shares an n-gram with this source, such as a test set. Repeatable."
     )
+    minhash: float = option(
+        0.0,
+        help="Drop near duplicates of at least this Jaccard similarity too, by MinHash; 0 is off.",
+        at_least=0,
+        at_most=1,
+    )
+    model: str | None = option(
+        None, help="Count token lengths, on a sample, as this model's chat template renders them."
+    )
     alternating: bool = option(False, help="Drop dialogues whose user and assistant turns don't alternate.")
     max_turn_chars: int = option(0, help="Drop dialogues with a longer turn; 0 drops none.", at_least=0)
     eval_rows: int = option(5000, help="Rows held out for evaluation, at most a tenth of the corpus.", at_least=0)

@@ -15,6 +15,7 @@ from fastcache.stages.prepare.staging import Chunk
 LEDGER_FILE = "ledger.parquet"
 KEPT = "kept"
 EXACT, NGRAM, EXCLUDED = "exact duplicate", "n-gram duplicate", "in an excluded set"
+NEAR = "near duplicate"
 ROWS_PER_GROUP = 500_000
 
 Codes = npt.NDArray[np.int32]
@@ -63,6 +64,12 @@ class Ledger:
         outcome[same] = outcomes.index(EXACT)
         outcome[repeats < -1] = outcomes.index(EXCLUDED)
         return cls(sources, outcomes, source, source_row, outcome, np.maximum(repeats, -1), kinds)
+
+    def drop_near_duplicates(self, repeats: Numbers) -> None:
+        """Drop the rows `[n]` that nearly repeat another one, -1 for those that don't."""
+        self.outcomes.append(NEAR)
+        self.outcome[repeats >= 0] = self.outcomes.index(NEAR)
+        self.repeats = np.where(repeats >= 0, repeats, self.repeats)
 
     @property
     def kept(self) -> Numbers:

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from fastcache.config import as_dict
-from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION
+from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION, Corpus
 from fastcache.errors import InputError
 from fastcache.files import fsync_tree, read_json, write_json_atomic
+from fastcache.llm.loading import ModelSource, load_tokenizer
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory, require_space
 from fastcache.stages.prepare.config import FREE_ON_RESUME, PrepareConfig
 from fastcache.stages.prepare.dedup import find_repeats
 from fastcache.stages.prepare.ledger import LEDGER_FILE, Ledger
+from fastcache.stages.prepare.lengths import token_lengths
+from fastcache.stages.prepare.minhash import near_duplicates, require_minhash_package
 from fastcache.stages.prepare.ngrams import COLLISION_BITS
 from fastcache.stages.prepare.output import split_bounds, write_rows
 from fastcache.stages.prepare.sources import RECIPES, Source, find_source, stamps
@@ -32,6 +35,10 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
     `InputError` for sources that can't be read or leave nothing.
     """
     names = (*(RECIPES[config.recipe] if config.recipe else ()), *config.source)
+    if config.minhash:
+        require_minhash_package()
+    if config.model:
+        load_tokenizer(ModelSource(config.model))  # so that a wrong name is told now, not after hours
     if not names:
         raise InputError("--source is needed (or --recipe fast-paper).")
     if len(set(names)) < len(names):
@@ -47,6 +54,8 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
         except InputError:  # nothing to go on with: the input must change
             shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
             raise
+        if config.model:
+            info["token_lengths"] = token_lengths(Corpus(out, info), config.model, progress)
         shutil.rmtree(out / WORK_FOLDER)
         fsync_tree(out)
         write_json_atomic(out / CORPUS_FILE, info)
@@ -72,6 +81,8 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
         raise InputError("The sources mix dialogues and plain texts; prepare them as two corpora.")
     if config.exclude and ledger.kinds == {"text"}:
         raise InputError("--exclude is for dialogues: n-grams are not compared in a corpus of plain texts.")
+    if config.minhash:
+        ledger.drop_near_duplicates(near_duplicates(chunks, ledger.outcome == 0, config.minhash, progress))
     kept = ledger.kept
     if not len(kept):
         names = ", ".join(source.name for source in sources)
