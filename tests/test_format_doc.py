@@ -260,7 +260,7 @@ def test_example_manifest_has_the_keys_of_a_fresh_one(tmp_path):
 
 
 def test_example_manifest_has_the_fields_of_a_finished_run(complete_manifest):
-    reasons = {"ledger.skipped.<reason>"}  # nothing is skipped in the example
+    reasons = {"ledger.skipped.<reason>", "ledger.truncated_by_source.<source>"}  # nothing is skipped in the example
     assert set(leaves(example_manifest())) == set(leaves(complete_manifest)) - reasons
 
 
