@@ -34,7 +34,7 @@ class _Lines:
     def __init__(self, console: Console, name: str, total: int | None, unit: str) -> None:
         self._console, self._name, self._total, self._unit = console, name, total, unit
         self._start = self._last = time.monotonic()
-        self._done, self._note = 0, ""
+        self._done, self._printed, self._note = 0, -1, ""
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done += amount
@@ -44,6 +44,9 @@ class _Lines:
             self.print()
 
     def print(self) -> None:
+        if self._printed == self._done:
+            return
+        self._printed = self._done
         seconds = time.monotonic() - self._start
         of = f" of {self._total:,}" if self._total else ""
         rate = self._done / max(seconds, 1e-3)
