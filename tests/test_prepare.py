@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError, MismatchError
 from fastcache.progress import Silent
-from fastcache.stages.prepare import staging
+from fastcache.stages.prepare import dedup, staging
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.conflicts import GramFile, PairFile, find_pairs, owners, resolve, write_grams
 from fastcache.stages.prepare.ngrams import ngram_hashes
@@ -156,11 +156,13 @@ def many_dialogues(count):
     return rows
 
 
-def test_workers_memory_and_chunks_do_not_change_the_corpus(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("workers", "memory_gib"), [(1, 1e-4), (2, 1.5)])
+def test_workers_memory_and_chunks_do_not_change_the_corpus(tmp_path, monkeypatch, workers, memory_gib):
     path = write(tmp_path / "rows.jsonl", many_dialogues(600))
     whole, _ = run(tmp_path / "whole", path)
     monkeypatch.setattr(staging, "CHUNK_ROWS", 100)
-    cut, _ = run(tmp_path / "cut", path, workers=2, memory_gib=1e-4)
+    monkeypatch.setattr(dedup, "SMALL_JOB", 0)  # so that even this is done in processes of their own
+    cut, _ = run(tmp_path / "cut", path, workers=workers, memory_gib=memory_gib)
     assert whole["fingerprint"] == cut["fingerprint"]
     assert whole["counts"] == cut["counts"]
     assert whole["counts"][path]["dropped"]["n-gram duplicate"] > 50

@@ -4,7 +4,6 @@ What a Python set of n-grams would say, for any number of processes and any memo
 rows share, then the rows are walked in order. Rows given as excluded come first and own all their n-grams.
 """
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
 from multiprocessing import get_context
@@ -34,17 +33,16 @@ def _range_pairs(files: list[GramFile], low: int, high: int, path: Path) -> None
 
 
 def find_repeats(
-    chunks: list[Chunk], n_excluded: int, folder: Path, workers: int, memory_bytes: int, progress: Progress
+    chunks: list[Chunk], n_excluded: int, folder: Path, n_workers: int, memory_bytes: int, progress: Progress
 ) -> npt.NDArray[np.int64]:
     """For each row of `chunks` the earlier kept row that it repeats, or -1; the first `n_excluded` rows are all kept.
 
-    The result depends neither on `workers` nor on `memory_bytes`. Ranges that an earlier run left are used again.
+    The result depends neither on `n_workers` nor on `memory_bytes`. Ranges that an earlier run left are used again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     firsts = [0, *accumulate(chunk.n_rows for chunk in chunks)]
     files = [GramFile(chunk.grams_path, first) for chunk, first in zip(chunks, firsts, strict=False)]
     n_grams = sum(chunk.n_grams for chunk in chunks)
-    n_workers = workers or os.cpu_count() or 1
     n_ranges = max(1, -(-n_grams * BYTES_PER_GRAM * n_workers // max(memory_bytes // 2, 1)))
     edges = [2**64 * index // n_ranges for index in range(n_ranges + 1)]
     jobs: list[tuple[Any, ...]] = []

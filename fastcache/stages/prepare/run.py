@@ -22,7 +22,7 @@ from fastcache.stages.prepare.minhash import near_duplicates, require_minhash_pa
 from fastcache.stages.prepare.ngrams import COLLISION_BITS
 from fastcache.stages.prepare.output import split_bounds, write_rows
 from fastcache.stages.prepare.sources import RECIPES, Source, find_source, stamps
-from fastcache.stages.prepare.staging import stage
+from fastcache.stages.prepare.staging import stage, worker_count
 
 WORK_FOLDER = ".work"
 OWNED = ("*.parquet", CORPUS_FILE, WORK_FOLDER)
@@ -74,7 +74,9 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
     n_grams = sum(chunk.n_grams for chunk in chunks)
     require_space(out, 16 * n_grams, "The deduplication's working files")
     memory = int(config.memory_gib * 2**30)
-    repeats = find_repeats([*given, *chunks], n_given, work / "shared", config.workers, memory, progress)[n_given:]
+    repeats = find_repeats([*given, *chunks], n_given, work / "shared", worker_count(config), memory, progress)[
+        n_given:
+    ]
     # Numbered from the first row of the corpus: an excluded row gets a number below -1.
     ledger = Ledger.of(chunks, np.where(repeats < 0, -1, np.where(repeats < n_given, -2, repeats - n_given)))
     if len(ledger.kinds) > 1:

@@ -30,6 +30,9 @@ from fastcache.stages.prepare.sources import Malformed, Source, read_source
 CHUNK_ROWS = 20_000
 CHUNK_BYTES = 16 * 2**20
 
+WORKER_BYTES = 512 * 2**20
+"""Memory that a worker takes for a chunk, with the raw rows that wait for it."""
+
 STAGED = pa.schema(
     [
         ("source", pa.string()),
@@ -63,6 +66,12 @@ class Chunk:
     def grams_path(self) -> Path:
         """Its n-grams, see `conflicts.GRAM`."""
         return self.folder / f"{self.index:06d}.grams"
+
+
+def worker_count(config: PrepareConfig) -> int:
+    """Processes that may run: as many as asked for, or one a core, as far as the memory goes."""
+    wanted = config.workers or os.cpu_count() or 1
+    return max(1, min(wanted, int(config.memory_gib * 2**30) // WORKER_BYTES))
 
 
 def _text_size(value: Any) -> int:
@@ -150,7 +159,7 @@ def stage(
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = {source.name: source.column for source in sources}
-    n_workers = config.workers or os.cpu_count() or 1
+    n_workers = worker_count(config)
     chunks: list[Chunk] = []
     running: list[Future[Chunk]] = []
     with (
