@@ -5,13 +5,14 @@
 
 Synthetic dialogues (a seed, a Zipf-like vocabulary, a quarter share a passage with an earlier one) are written to a
 temporary folder. Every candidate runs in a process of its own: wall time and CPU time after its imports, memory as the
-largest sum of resident sizes over its process tree. At the first size all are compared; at all sizes ours shows its growth.
-The library is left out where it is not installed (`pip install "datatrove[processing]"`).
+largest sum of resident sizes over its process tree. At the first size ours meets the naive version; at all sizes it shows
+its growth. The library gets fewer dialogues, and is left out where it is not installed
+(`pip install "datatrove[io,processing,multilingual]" spacy`).
 """
 
 import argparse
-import itertools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -27,12 +28,13 @@ BLOCK = 20_000  # dialogues generated at a time
 VOCABULARY = 50_000
 PASSAGE = 24  # words that a sharing dialogue takes over: five 20-grams
 PAPER_DIALOGUES, PAPER_GRAMS = 11_400_000, 8e9
+LIBRARY_DIALOGUES = 3000
 NAIVE_GIB = 14  # more than this the naive candidate may not take
 MIB, GIB = 2**20, 2**30
 
 
 def generate(folder: Path, n_dialogues: int, seed: int = 0) -> None:
-    """Write the dialogues to two files; those of a smaller number are the first of a larger one."""
+    """Write the dialogues to two files: datatrove shares out work by files."""
     rng = np.random.default_rng(seed)
     letters = rng.integers(ord("a"), ord("z") + 1, (VOCABULARY + 3, 12)).astype(np.uint8)
     lengths = np.minimum(2 + rng.poisson(np.log10(np.arange(1, VOCABULARY + 4)) * 1.2), 11)
@@ -79,22 +81,22 @@ def generate(folder: Path, n_dialogues: int, seed: int = 0) -> None:
                 file.write(begin + text[:-2].replace(b" \3", b'"}]}\n' + begin) + b'"}]}\n')
 
 
-def _cpu() -> float:
-    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+def now() -> np.ndarray:
+    """Wall time and the CPU time of this process and of its children that have ended."""
+    return np.array([time.perf_counter(), sum(os.times()[:4])])
 
 
 class Phases:
     """A `Progress` that notes when tasks begin and end."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []
+        self.marks: list[np.ndarray] = []
 
     @contextmanager
     def task(self, name: str, total: int | None, unit: str):
-        self.marks.append((time.perf_counter(), _cpu()))
+        self.marks.append(now())
         yield self
-        self.marks.append((time.perf_counter(), _cpu()))
+        self.marks.append(now())
 
     def advance(self, amount: int, note: str = "") -> None: ...
 
@@ -108,26 +110,25 @@ def run_ours(folder: Path, out: Path, workers: int) -> dict:
     from fastcache.stages.prepare.run import prepare
 
     phases = Phases()
-    begun = time.perf_counter(), _cpu()
+    begun = now()
     info = prepare(PrepareConfig(source=(str(folder),), workers=workers), out, phases)
-    ended = time.perf_counter(), _cpu()
-    ledger = pq.read_table(out / "ledger.parquet", columns=["outcome"])["outcome"].to_numpy()
-    staged, written = phases.marks[1], phases.marks[4]  # the tasks: read and hash, find shared, deal, write
-    steps = itertools.pairwise([begun, staged, written, ended])
-    parts = [(stop[0] - start[0], stop[1] - start[1]) for start, stop in steps]
-    return {"parts": parts, "kept": np.flatnonzero(ledger == "kept"), "n_grams": info["n_grams"]}
+    ended = now()
+    outcomes = pq.read_table(out / "ledger.parquet", columns=["outcome"])["outcome"].to_numpy()
+    hashed, dealt = phases.marks[1], phases.marks[4]  # the tasks: read and hash, find shared n-grams, deal, write
+    parts = np.diff([begun, hashed, dealt, ended], axis=0)
+    return {"parts": parts, "kept": np.flatnonzero(outcomes == "kept"), "n_grams": info["n_grams"]}
 
 
 def run_naive(folder: Path, out: Path, workers: int) -> dict:
     """Algorithm 1, word by word as the paper has it; an exact duplicate of a whole dialogue is dropped too."""
     resource.setrlimit(resource.RLIMIT_AS, (NAIVE_GIB * GIB,) * 2)
-    begun = time.perf_counter(), _cpu()
+    begun = now()
     seen: set = set()
     kept = []
-    row = 0
+    number = 0
     for path in sorted(folder.iterdir()):
         with path.open() as file:
-            for row, line in enumerate(file, row):
+            for line in file:
                 turns = [turn["content"] for turn in json.loads(line)["messages"]]
                 grams = {tuple(turns)}
                 for turn in turns:
@@ -135,9 +136,9 @@ def run_naive(folder: Path, out: Path, workers: int) -> dict:
                     grams.update(tuple(words[i : i + 20]) for i in range(len(words) - 19))
                 if seen.isdisjoint(grams):
                     seen |= grams
-                    kept.append(row)
-        row += 1
-    return {"parts": [(time.perf_counter() - begun[0], _cpu() - begun[1])], "kept": np.array(kept)}
+                    kept.append(number)
+                number += 1
+    return {"parts": now()[None] - begun, "kept": np.array(kept)}
 
 
 def _document(self, data: dict, path: str, number: int) -> dict:
@@ -155,16 +156,18 @@ def run_library(folder: Path, out: Path, workers: int) -> dict:
     config = MinhashConfig()
     signatures, buckets, removed, clean = (str(out / name) for name in ("signatures", "buckets", "removed", "clean"))
     reader = JsonlReader(str(folder), adapter=_document)
-    begun = time.perf_counter(), _cpu()
+    begun = now()
     steps = (
         (2, [reader, MinhashDedupSignature(signatures, config)]),
-        (config.num_buckets, [MinhashDedupBuckets(signatures, buckets, config)]),
-        (1, [MinhashDedupCluster(buckets, removed, config)]),
+        (config.num_buckets, [MinhashDedupBuckets(signatures, buckets, config=config)]),
+        (1, [MinhashDedupCluster(buckets, removed, config=config)]),
         (2, [reader, MinhashDedupFilter(removed), JsonlWriter(clean, compression=None)]),
     )
     for number, (tasks, pipeline) in enumerate(steps):
-        LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=str(out / f"log-{number}")).run()
-    parts = [(time.perf_counter() - begun[0], _cpu() - begun[1])]
+        # Forked, so that the processes are children of this one and their CPU time counts.
+        options = {"tasks": tasks, "workers": workers, "start_method": "fork"}
+        LocalPipelineExecutor(pipeline, logging_dir=str(out / f"log-{number}"), **options).run()
+    parts = now()[None] - begun
     rows = sum(path.read_bytes().count(b"\n") for path in Path(clean).iterdir())
     return {"parts": parts, "kept": np.arange(rows)}
 
@@ -189,7 +192,6 @@ def _tree_rss(root: int) -> int:
 def measure(name: str, folder: Path, workers: int, python: str = sys.executable) -> dict | None:
     """Run one candidate in a process of its own; None if it failed."""
     out = folder.parent / "out"
-    result = folder.parent / "result.npy"
     command = [python, __file__, "--candidate", name, "--folder", folder, "--workers", str(workers)]
     peak = 0
     with (folder.parent / "log").open("w+") as log:
@@ -203,76 +205,87 @@ def measure(name: str, folder: Path, workers: int, python: str = sys.executable)
             reason = (log.read().strip().splitlines() or ["killed"])[-1]
             print(f"{name} with {workers} processes failed: {reason}")
             return None
-    return np.load(result, allow_pickle=True).item() | {"peak": peak}
+    return np.load(folder.parent / "result.npy", allow_pickle=True).item() | {"peak": peak}
 
 
-def show(name: str, n: int, size: int, run: dict, parts: list) -> tuple[float, float]:
-    """Print a line of the table; returns MB a second of wall time and of CPU time."""
-    wall, cpu = (sum(part[which] for part in parts) for which in (0, 1))
-    speed, cpu_speed = size / MIB / wall, size / MIB / cpu
-    columns = f"{wall:>8.1f}{cpu:>8.1f}{speed:>8.2f}{cpu_speed:>9.2f}{n / wall:>9,.0f}"
+def show(name: str, n: int, size: int, run: dict, parts: slice = slice(None)) -> np.ndarray:
+    """Print a line of the table; returns the wall and CPU time of these parts of the run."""
+    wall, cpu = run["parts"][parts].sum(0)
+    columns = f"{wall:>8.1f}{cpu:>8.1f}{size / MIB / wall:>8.2f}{size / MIB / cpu:>9.2f}{n / wall:>9,.0f}"
     print(f"{n:>9,}  {name:<32}{columns}{run['peak'] / GIB:>7.2f}{len(run['kept']):>11,}", flush=True)
-    return speed, cpu_speed
+    return np.array([wall, cpu])
 
 
-def show_ours(n: int, size: int, run: dict, workers: int) -> tuple[float, float]:
-    """Print the lines of one run; returns its speed up to the point where the kept rows are known."""
-    show(f"ours, {workers} worker{'s'[: workers - 1]}: whole prepare", n, size, run, run["parts"])
-    show("   shared n-grams and ledger alone", n, size, run, run["parts"][1:2])
-    return show("   all but the shards", n, size, run, run["parts"][:2])
+def show_ours(n: int, size: int, run: dict, workers: int) -> np.ndarray:
+    """Print the lines of one run; returns its times up to the point where the kept rows are known."""
+    show(f"ours, {workers} worker{'s'[: workers - 1]}: whole prepare", n, size, run)
+    show("   shared n-grams and ledger alone", n, size, run, slice(1, 2))
+    return show("   all but the shards", n, size, run, slice(2))
 
 
-def compare(n: int, size: int, folder: Path, library_python: str) -> None:
-    """The other candidates on the same files, after ours with one worker."""
-    ours = measure("ours", folder, 1)
-    naive = measure("naive", folder, 1)
-    known = subprocess.run([library_python, "-c", "import datatrove.pipeline.dedup"], capture_output=True)
-    library = None if known.returncode else measure("datatrove", folder, 2, library_python)
-    our_speeds = show_ours(n, size, ours, 1) if ours else ()
-    naive_speeds = show("naive set, 1 process", n, size, naive, naive["parts"]) if naive else ()
-    if library:
-        show("datatrove MinHash, 2 processes", n, size, library, library["parts"])
-    elif known.returncode:
-        print('datatrove is not installed and left out: pip install "datatrove[processing]".')
-    if our_speeds and naive_speeds:
-        wall, cpu = (mine / other for mine, other in zip(our_speeds, naive_speeds, strict=True))
+def compare(n: int, size: int, folder: Path) -> None:
+    """Ours with one worker and the naive version, on the same files."""
+    if ours := measure("ours", folder, 1):
+        our_times = show_ours(n, size, ours, 1)
+    if naive := measure("naive", folder, 1):
+        naive_times = show("naive set, 1 process", n, size, naive)
+    if ours and naive:
+        wall, cpu = naive_times / our_times
         print(f"Ours (1 worker, all but the shards) to naive: {wall:.1f}x by wall time, {cpu:.1f}x by CPU time.")
-        same = np.array_equal(ours["kept"], naive["kept"])
-        print(f"Ours and naive keep {'the same dialogues' if same else 'DIFFERENT dialogues'}.\n")
-        if not same:
-            sys.exit(1)
+        if not np.array_equal(ours["kept"], naive["kept"]):
+            sys.exit("Ours and naive keep DIFFERENT dialogues.")
+        print("Ours and naive keep the same dialogues.")
 
 
-def show_growth(growth: list[tuple[int, float, float, int]]) -> None:
-    """A line through wall times over numbers of dialogues."""
-    n, wall, peak, n_grams = (np.array(column, float) for column in zip(*growth, strict=True))
-    slope, start = np.polyfit(n, wall, 1)
-    off = np.abs(wall / (start + slope * n) - 1).max()
-    exponent = np.polyfit(np.log(n), np.log(wall), 1)[0]
-    per_dialogue = n_grams[-1] / n[-1]
-    print(
-        f"Growth: {start:.1f} s + {1e6 * slope:.1f} us a dialogue, off by at most {off:.0%}; time ~ n^{exponent:.2f}."
-    )
-    print(f"{PAPER_DIALOGUES / 1e6:.1f}M dialogues of this length: {(start + slope * PAPER_DIALOGUES) / 60:.0f} min.")
-    hours = (start + slope * PAPER_GRAMS / per_dialogue) / 3600
-    print(f"{PAPER_GRAMS / 1e9:.0f} billion n-grams, at {per_dialogue:.0f} a dialogue here: {hours:.1f} h.")
+def show_growth(growth: list[tuple[float, ...]]) -> None:
+    """Lines through wall times and CPU times over numbers of dialogues."""
+    n, wall, cpu, peak, n_grams = np.array(growth, float).T
+    many_grams = PAPER_GRAMS * n[-1] / n_grams[-1]  # dialogues of this length with as many n-grams as the paper's
+    for name, times in (("Wall", wall), ("CPU", cpu)):
+        slope, start = np.polyfit(n, times, 1)
+        off = np.abs(times / (start + slope * n) - 1).max()
+        exponent = np.polyfit(np.log(n), np.log(times), 1)[0]
+        print(
+            f"{name} time: {start:.1f} s + {1e6 * slope:.0f} us a dialogue, off by {off:.0%} at most, ~ n^{exponent:.2f};"
+        )
+        print(f"  for 11.4M dialogues {(start + slope * PAPER_DIALOGUES) / 60:.0f} min, ", end="")
+        print(f"for 8 billion n-grams {(start + slope * many_grams) / 3600:.1f} h.")
     print(f"Peak memory: {peak[-1] / GIB:.2f} GiB for {n[-1]:,.0f} dialogues.")
+
+
+def files(temporary: str, n: int) -> tuple[Path, int]:
+    """Generated dialogues and their size in bytes."""
+    folder = Path(temporary, "input")
+    generate(folder, n)
+    return folder, sum(path.stat().st_size for path in folder.iterdir())
+
+
+def compare_library(n: int, python: str) -> None:
+    """The library and ours on the same files, fewer of them: the library takes milliseconds a dialogue."""
+    if subprocess.run([python, "-c", "import datatrove.pipeline.dedup"], capture_output=True, check=False).returncode:
+        print('datatrove is not installed and left out: pip install "datatrove[io,processing,multilingual]" spacy')
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, size = files(temporary, n)
+        if library := measure("datatrove", folder, 2, python):
+            show("datatrove MinHash, 2 processes", n, size, library)
+        if ours := measure("ours", folder, 2):
+            show_ours(n, size, ours, 2)
 
 
 def main(sizes: list[int], library_python: str) -> None:
     head = f"{'wall s':>8}{'CPU s':>8}{'MB/s':>8}{'MB/CPU s':>9}{'rows/s':>9}{'GiB':>7}{'kept':>11}"
     print(f"{'dialogues':>9}  {'candidate':<32}{head}", flush=True)
+    compare_library(LIBRARY_DIALOGUES, library_python)
     growth = []
     for n in sizes:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary, "input")
-            generate(folder, n)
-            size = sum(path.stat().st_size for path in folder.iterdir())
+            folder, size = files(temporary, n)
             if ours := measure("ours", folder, 2):
                 show_ours(n, size, ours, 2)
-                growth.append((n, sum(part[0] for part in ours["parts"]), ours["peak"], ours["n_grams"]))
+                growth.append((n, *ours["parts"].sum(0), ours["peak"], ours["n_grams"]))
             if n == sizes[0]:
-                compare(n, size, folder, library_python)
+                compare(n, size, folder)
     show_growth(growth)
 
 
@@ -285,8 +298,8 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.candidate:
-        run = RUNNERS[arguments.candidate]
-        result = run(arguments.folder, arguments.folder.parent / "out", arguments.workers)
-        np.save(arguments.folder.parent / "result.npy", np.array(result, object))
+        out = arguments.folder.parent / "out"
+        measured = RUNNERS[arguments.candidate](arguments.folder, out, arguments.workers)
+        np.save(arguments.folder.parent / "result.npy", np.array(measured, object))
     else:
         main(sorted(arguments.sizes), arguments.library_python)

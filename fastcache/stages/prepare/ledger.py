@@ -97,7 +97,7 @@ class Ledger:
         return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
     def duplicates(self) -> dict[str, dict[str, int]]:
-        """How many rows of a source repeat a kept row of each source."""
+        """How many rows of a source repeat a row of each source."""
         table = np.zeros((len(self.sources),) * 2, np.int64)
         dropped = np.flatnonzero(self.repeats >= 0)
         np.add.at(table, (self.source[dropped], self.source[self.repeats[dropped]]), 1)

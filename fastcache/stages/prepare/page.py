@@ -1,80 +1,37 @@
 """The page of a corpus: what was dropped and why, who repeats whom, how long the kept rows are, and examples.
 
-All is read back from the corpus directory, so a page can be made again at any time, in bounded memory.
+All is read back from the corpus directory, in bounded memory, so the page can be made again at any time.
 """
 
-import io
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fastcache import __version__
 from fastcache.corpus import CORPUS_FILE, Corpus
 from fastcache.errors import FormatError, InputError, IntegrityError
 from fastcache.files import require_fields, write_bytes_atomic
+from fastcache.stages.prepare.histograms import measure, plot_lengths, read_batches, shards
 from fastcache.stages.prepare.ledger import KEPT, LEDGER_FILE
 
 PAGE_FILE = "report.html"
-SAMPLE_ROWS = 200_000
 N_EXAMPLES = 12
 EXAMPLE_CHARACTERS = 600
-LARGEST = 2**22  # lengths are counted one by one up to here, and as this from here on
-ROLE_COLOURS = {"user": "#1c7ed6", "assistant": "#d9480f", "system": "#5c940d", "tool": "#9c36b5"}
-BAR_COLOUR = "#1c7ed6"
-INK = "#010203"  # replaced by the page's text colour
+LEDGER_BATCH = 65_536
 
-Numbers = npt.NDArray[np.int64]
-Key = tuple[str, int]
-
-
-@dataclass
-class Lengths:
-    """How often each length occurs."""
-
-    counts: Numbers = field(default_factory=lambda: np.zeros(1, np.int64))
-    total: int = 0
-    largest: int = 0
-
-    def add(self, values: Numbers) -> None:
-        """Count more of them."""
-        found = np.bincount(np.minimum(values, LARGEST), minlength=len(self.counts))
-        found[: len(self.counts)] += self.counts
-        self.counts = found
-        self.total += int(values.sum())
-        self.largest = max(self.largest, int(values.max(initial=0)))
-
-    @property
-    def n(self) -> int:
-        """How many there are."""
-        return int(self.counts.sum())
-
-    def quantile(self, share: float) -> int:
-        """The smallest length that at least this share of them doesn't exceed."""
-        return int(np.searchsorted(np.cumsum(self.counts), share * self.n))
-
-    def bars(self) -> tuple[Numbers, Numbers]:
-        """Edges and counts of a histogram: a bar for each length if they are few, else two for each doubling."""
-        edges = np.arange(1, self.largest + 2)
-        if self.largest > 40:
-            edges = np.unique(np.round(2 ** (np.arange(2 * np.log2(len(self.counts)) + 2) / 2)).astype(np.int64))
-        below = np.concatenate([[0], np.cumsum(self.counts)])
-        return edges, np.diff(below[np.minimum(edges, len(self.counts))])
+Row = dict[str, Any]
 
 
 def write_page(out: Path) -> Path:
     """Write `report.html` in the corpus directory `out`; returns its path.
 
     Raises `InputError` where matplotlib or jinja2 is missing, `FormatError` if `out` holds no finished corpus,
-    `IntegrityError` if its files don't fit together.
+    `IntegrityError` if its files can't be read or don't fit together.
     """
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
@@ -83,12 +40,10 @@ def write_page(out: Path) -> Path:
 
     corpus = Corpus(out)
     info = corpus.info
-    fields = {"duplicates": dict, "settings": dict, "n_grams": int, "false_drop_probability": float}
-    require_fields(info, fields, out / CORPUS_FILE)
-    for entry in info["counts"].values():
-        require_fields(entry, {"rows": int, "kept": int, "dropped": dict}, out / CORPUS_FILE)
+    _check(info, out / CORPUS_FILE)
     sources = list(info["counts"])
-    lengths, n_sampled = _measure(corpus)
+    lengths, n_measured = measure(corpus)
+    tokens = info.get("token_lengths")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -98,145 +53,124 @@ def write_page(out: Path) -> Path:
         sources=sources,
         short=_short_names(sources),
         reasons=sorted({reason for entry in info["counts"].values() for reason in entry["dropped"]}),
-        matrix=np.array([[info["duplicates"].get(a, {}).get(b, 0) for b in sources] for a in sources]),
-        lengths={title: figures for title, figures in lengths.items() if figures.n},
-        n_sampled=n_sampled,
-        plot=_plot(corpus.kind, lengths, info.get("token_lengths"), out),
+        matrix=[[info["duplicates"].get(name, {}).get(other, 0) for other in sources] for name in sources],
+        lengths=lengths,
+        n_measured=n_measured,
+        tokens=tokens,
+        plot=plot_lengths(lengths, tokens),
         examples=_examples(corpus),
         example_characters=EXAMPLE_CHARACTERS,
         share=_share,
+        shade=_shade,
     )
     write_bytes_atomic(out / PAGE_FILE, page.encode())
     return out / PAGE_FILE
 
 
+def _check(info: dict[str, Any], path: Path) -> None:
+    """Raise `FormatError` where something that the page shows is missing."""
+    require_fields(info, {"duplicates": dict, "settings": dict, "n_grams": int, "false_drop_probability": float}, path)
+    for entry in info["counts"].values():
+        require_fields(entry, {"rows": int, "kept": int, "dropped": dict}, path)
+    if "token_lengths" in info:
+        tokens = info["token_lengths"]
+        require_fields(tokens, {"edges": list, "counts": list, "model": str, "max_length": int, "longer": int}, path)
+        if not 0 < len(tokens["counts"]) == len(tokens["edges"]) - 1:
+            raise FormatError(f"{path}: token_lengths should have one edge more than counts. The file is damaged.")
+
+
 def _share(part: int, whole: int) -> str:
-    """A percentage that shows neither none nor all where that isn't so."""
+    """A percentage that shows neither none nor all unless that is so."""
     percent = 100 * part / whole if whole else 0.0
-    if 0 < percent < 0.1:
+    if 0 < percent < 0.05:
         return "<0.1%"
-    return ">99.9%" if 99.9 < percent < 100 else f"{percent:.1f}%"
+    return ">99.9%" if 99.95 <= percent < 100 else f"{percent:.1f}%"
+
+
+def _shade(count: int, largest: int) -> int:
+    """Percent of colour of a cell; logarithmic, since one pair of sources often outweighs all others."""
+    return round(8 + 47 * float(np.log1p(count) / np.log1p(largest))) if count else 0
 
 
 def _short_names(sources: list[str]) -> dict[str, str]:
-    """File names for paths, as long as they tell the sources apart."""
+    """File names instead of paths, if they tell the sources apart."""
     last = [name.rstrip("/").rsplit("/", 1)[-1] for name in sources]
     return dict(zip(sources, last if len(set(last)) == len(last) else sources, strict=True))
 
 
-def _batches(path: Path, columns: list[str], n_rows: int) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from pq.ParquetFile(path).iter_batches(n_rows, columns=columns)
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise IntegrityError(f"{path} can't be read ({error}). Prepare the corpus again.") from error
-
-
-def _shards(corpus: Corpus) -> list[Path]:
-    return [path for split in corpus.info["splits"] for path in sorted(corpus.path.glob(f"{split}-*.parquet"))]
-
-
-def _word_counts(texts: pa.Array) -> Numbers:
-    words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts)))
-    return words.to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _measure(corpus: Corpus) -> tuple[dict[str, Lengths], int]:
-    """Lengths by what they are of, and of how many rows: the first ones, a random sample since rows are permuted."""
-    names = ["turns per dialogue", "words per dialogue", *(f"words per {role} turn" for role in ROLE_COLOURS)]
-    lengths = {name: Lengths() for name in (names if corpus.kind == "chat" else ["words per document"])}
-    n_rows = 0
-    for path in _shards(corpus):
-        if n_rows >= SAMPLE_ROWS:
-            break
-        for batch in _batches(path, ["messages", "text"], 1024):
-            part = batch[: SAMPLE_ROWS - n_rows]
-            n_rows += len(part)
-            if corpus.kind != "chat":
-                lengths["words per document"].add(_word_counts(part["text"]))
-                continue
-            turns, owners = part["messages"].flatten(), pc.list_parent_indices(part["messages"])
-            words = _word_counts(pc.struct_field(turns, "content"))
-            lengths["turns per dialogue"].add(np.bincount(owners, minlength=len(part)))
-            by_row = np.bincount(owners, weights=words, minlength=len(part))
-            lengths["words per dialogue"].add(by_row.astype(np.int64))
-            roles = pc.struct_field(turns, "role")
-            for role in ROLE_COLOURS:
-                mine = pc.equal(roles, role).to_numpy(zero_copy_only=False)
-                lengths[f"words per {role} turn"].add(words[mine])
-    return lengths, n_rows
-
-
-def _plot(kind: str, lengths: dict[str, Lengths], tokens: dict[str, Any] | None, out: Path) -> str:
-    """The histograms as SVG text that takes the page's colours."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    if tokens is not None:
-        fields = {"edges": list, "counts": list, "model": str, "max_length": int, "longer": int}
-        require_fields(tokens, fields, out / CORPUS_FILE)
-        if len(tokens["edges"]) != len(tokens["counts"]) + 1 or len(tokens["edges"]) < 2:
-            raise FormatError(f"{out / CORPUS_FILE}: token_lengths should have one edge more than counts.")
-    whole = ["turns per dialogue", "words per dialogue"] if kind == "chat" else ["words per document"]
-    n_panels = len(whole) + (kind == "chat") + (tokens is not None)
-    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = {"svg.fonttype": "none", "svg.hashsalt": "fastcache", "font.family": "sans-serif", "font.size": 9}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False}
-    with mpl.rc_context({**style, "figure.facecolor": "none", **dict.fromkeys(inks, INK)}):
-        figure = Figure(figsize=(4.2 * min(n_panels, 2), 2.7 * -(-n_panels // 2)), layout="constrained")
-        axes = [figure.add_subplot(-(-n_panels // 2), min(n_panels, 2), i + 1) for i in range(n_panels)]
-        for ax, name in zip(axes, whole, strict=False):
-            edges, counts = lengths[name].bars()
-            ax.stairs(counts, edges - 0.5 if edges[-1] <= 41 else edges, fill=True, color=BAR_COLOUR)
-            _axis(ax, edges, name, "rows")
-        if kind == "chat":
-            for role, colour in ROLE_COLOURS.items():
-                figures = lengths[f"words per {role} turn"]
-                if figures.n:
-                    edges, counts = figures.bars()
-                    axes[len(whole)].stairs(counts / figures.n, edges, color=colour, label=role, linewidth=1.4)
-            _axis(axes[len(whole)], np.array([1, LARGEST]), "words per turn", "share of the role's turns")
-            axes[len(whole)].legend()
-        if tokens is not None:
-            edges = np.array(tokens["edges"], float)
-            axes[-1].stairs(tokens["counts"], np.maximum(edges, min(1, edges[1] / 2)), fill=True, color=BAR_COLOUR)
-            _axis(axes[-1], edges, "tokens per row", "rows")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', text, count=1)
-
-
-def _axis(ax: Any, edges: npt.NDArray[Any], name: str, unit: str) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
-
-    if edges[-1] > 41:
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    if unit == "rows":
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.set_xlabel(name)
-    ax.set_ylabel(unit)
-
-
-def _examples(corpus: Corpus) -> list[dict[str, Any]]:
-    """Some rows that repeat another, spread over the pairs of sources, with the beginning of what they repeat."""
-    pairs = _some_pairs(corpus)
+def _examples(corpus: Corpus) -> list[Row]:
+    """Some dropped rows, each with the row that it repeats: its outcome, and its beginning if it was kept."""
+    pairs = _pairs(corpus)
     wanted = {(pair["repeats_source"], pair["repeats_row"]) for pair in pairs}
-    numbers: dict[Key, int] = {}
     places = pa.array([row for _, row in wanted], pa.int64())
-    for batch in _batches(corpus.path / LEDGER_FILE, ["source", "source_row", "outcome", "row"], 65_536):
-        near = pc.and_(pc.is_in(batch["source_row"], value_set=places), pc.equal(batch["outcome"], KEPT))
-        rows = batch.filter(near).to_pylist() if wanted else []
-        numbers |= {(r["source"], r["source_row"]): r["row"] for r in rows if (r["source"], r["source_row"]) in wanted}
-    texts = _beginnings(corpus, sorted(numbers.values()))
-    for pair in pairs:
-        number = numbers.get((pair["repeats_source"], pair["repeats_row"]))
-        if number not in texts:
-            raise IntegrityError(f"{corpus.path} lacks a row that its {LEDGER_FILE} names. Prepare it again.")
-        pair |= {"row": number, **texts[number]}
+    repeated: dict[tuple[str, int], Row] = {}
+    for batch in read_batches(corpus.path / LEDGER_FILE, ["source", "source_row", "outcome", "row"], LEDGER_BATCH):
+        for entry in batch.filter(pc.is_in(batch["source_row"], value_set=places)).to_pylist():
+            if (entry["source"], entry["source_row"]) in wanted:
+                repeated[entry["source"], entry["source_row"]] = entry
+    # A row that n-grams repeat may itself be dropped later, as a near duplicate; it has no text to show then.
+    numbers = sorted(entry["row"] for entry in repeated.values() if entry["outcome"] == KEPT)
+    kept = _kept_rows(corpus, numbers)
+    if len(repeated) < len(wanted) or len(kept) < len(numbers):
+        raise IntegrityError(f"{corpus.path} lacks a row that {LEDGER_FILE} names. Prepare it again.")
+    found = [repeated[pair["repeats_source"], pair["repeats_row"]] for pair in pairs]
+    return [
+        pair | {"repeated": entry, "text": kept.get(entry["row"])} for pair, entry in zip(pairs, found, strict=True)
+    ]
+
+
+def _pairs(corpus: Corpus) -> list[Row]:
+    """Ledger entries of a few rows that repeat another, by seed, spread over the pairs of sources."""
+    cells = {(name, other): n for name, row in corpus.info["duplicates"].items() for other, n in row.items()}
+    rng = np.random.default_rng(corpus.info["settings"].get("seed", 0))
+    order = [list(cells)[place] for place in rng.permutation(len(cells))]
+    shares = dict.fromkeys(order, 0)
+    room = min(N_EXAMPLES, sum(cells.values()))
+    for cell in cycle(order):  # one of each pair of sources in turn, while there are any
+        if sum(shares.values()) >= room:
+            break
+        shares[cell] += shares[cell] < cells[cell]
+    chosen = {cell: rng.choice(cells[cell], n, replace=False) for cell, n in shares.items() if n}
+    seen = dict.fromkeys(chosen, 0)
+    pairs: list[Row] = []
+    for batch in read_batches(
+        corpus.path / LEDGER_FILE, ["source", "source_row", "outcome", "repeats_source", "repeats_row"], LEDGER_BATCH
+    ):
+        for cell, ordinals in chosen.items():
+            mine = pc.and_(pc.equal(batch["source"], cell[0]), pc.equal(batch["repeats_source"], cell[1]))
+            places = np.flatnonzero(mine.fill_null(False).to_numpy(zero_copy_only=False))
+            here = places[ordinals[(ordinals >= seen[cell]) & (ordinals < seen[cell] + len(places))] - seen[cell]]
+            pairs += batch.take(pa.array(here)).to_pylist()
+            seen[cell] += len(places)
+    if seen != {cell: cells[cell] for cell in chosen}:
+        raise IntegrityError(
+            f"{LEDGER_FILE} and {CORPUS_FILE} of {corpus.path} count other duplicates. Prepare it again."
+        )
     return pairs
+
+
+def _kept_rows(corpus: Corpus, numbers: list[int]) -> dict[int, Row]:
+    """The beginnings of the rows with these numbers."""
+    wanted = pa.array(numbers, pa.int64())
+    kept: dict[int, Row] = {}
+    for path in shards(corpus) if numbers else []:
+        if not any(
+            pc.any(pc.is_in(batch["row"], value_set=wanted)).as_py()
+            for batch in read_batches(path, ["row"], LEDGER_BATCH)
+        ):
+            continue
+        for batch in read_batches(path, ["row", "messages", "text"], 1024):
+            for row in batch.filter(pc.is_in(batch["row"], value_set=wanted)).to_pylist():
+                kept[row["row"]] = _beginning(row)
+    return kept
+
+
+def _beginning(row: Row) -> Row:
+    """The first characters of a row as `(role, text)` turns, and how many characters were left out."""
+    turns, room = [], EXAMPLE_CHARACTERS
+    whole = [(message["role"], message["content"]) for message in row["messages"] or ()] or [("", row["text"])]
+    for role, text in whole:
+        if room > 0:
+            turns.append((role, text[:room]))
+        room -= len(text)
+    return {"turns": turns, "left_out": max(0, -room)}

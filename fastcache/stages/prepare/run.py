@@ -21,11 +21,12 @@ from fastcache.stages.prepare.lengths import token_lengths
 from fastcache.stages.prepare.minhash import near_duplicates, require_minhash_package
 from fastcache.stages.prepare.ngrams import COLLISION_BITS
 from fastcache.stages.prepare.output import split_bounds, write_rows
+from fastcache.stages.prepare.page import PAGE_FILE, write_page
 from fastcache.stages.prepare.sources import RECIPES, Source, find_source, stamps
 from fastcache.stages.prepare.staging import stage, worker_count
 
 WORK_FOLDER = ".work"
-OWNED = ("*.parquet", CORPUS_FILE, WORK_FOLDER)
+OWNED = ("*.parquet", CORPUS_FILE, PAGE_FILE, WORK_FOLDER)
 
 
 def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
@@ -59,6 +60,10 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
         shutil.rmtree(out / WORK_FOLDER)
         fsync_tree(out)
         write_json_atomic(out / CORPUS_FILE, info)
+        try:
+            progress.say(f"Report: {write_page(out)}")
+        except InputError as error:  # the corpus is whole without its page
+            progress.say(str(error))
     return info
 
 
@@ -71,7 +76,7 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
     if not chunks:
         raise InputError(f"No row in {', '.join(source.name for source in sources)}. Nothing was written.")
     n_given = sum(chunk.n_rows for chunk in given)
-    n_grams = sum(chunk.n_grams for chunk in chunks)
+    n_grams = sum(chunk.n_grams for chunk in [*given, *chunks])
     require_space(out, 16 * n_grams, "The deduplication's working files")
     memory = int(config.memory_gib * 2**30)
     repeats = find_repeats([*given, *chunks], n_given, work / "shared", worker_count(config), memory, progress)[
