@@ -24,6 +24,7 @@ from fastcache.stages.prepare.conflicts import GramFile, PairFile, find_pairs, o
 from fastcache.stages.prepare.ngrams import ngram_hashes
 from fastcache.stages.prepare.run import prepare
 from fastcache.stages.prepare.schema import Unusable, to_messages, usable
+from fastcache.stages.prepare.sources import Source, estimate_rows
 
 
 def write(path, rows):
@@ -440,6 +441,30 @@ def test_dialogues_and_texts_are_not_mixed(tmp_path):
     path = write(tmp_path / "rows.jsonl", [dialogue("a", "b"), {"text": "c"}])
     with pytest.raises(InputError, match="two corpora"):
         run(tmp_path / "out", path)
+
+
+def test_rows_with_the_same_id_are_all_read(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"id": 7, **dialogue(f"q{i}", "a")} for i in range(3)])
+    assert len(run(tmp_path / "out", path)[1]) == 3
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_the_number_of_rows_is_estimated(tmp_path, suffix):
+    rng = random.Random(0)
+    rows = [dialogue(" ".join(str(rng.random()) for _ in range(100)), "a") for _ in range(5000)]  # 9 MB
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+        with pa.output_stream(str(path), compression=kind) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert estimate_rows(Source("x", str(path))) == pytest.approx(5000, rel=0.15)
+
+
+def test_a_set_on_the_hub_that_cannot_be_had_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match=r"accept its terms at https://huggingface\.co/datasets/lmsys/lmsys-chat-1m"):
+        run(tmp_path / "out", "lmsys-chat")
 
 
 def test_a_missing_file_is_named(tmp_path):

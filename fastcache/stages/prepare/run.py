@@ -22,7 +22,7 @@ from fastcache.stages.prepare.minhash import near_duplicates, require_minhash_pa
 from fastcache.stages.prepare.ngrams import COLLISION_BITS
 from fastcache.stages.prepare.output import split_bounds, write_rows
 from fastcache.stages.prepare.page import PAGE_FILE, write_page
-from fastcache.stages.prepare.sources import RECIPES, Source, find_source, stamps
+from fastcache.stages.prepare.sources import RECIPES, Source, find_source, hub_revisions, stamps
 from fastcache.stages.prepare.staging import stage, worker_count
 
 WORK_FOLDER = ".work"
@@ -45,7 +45,10 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
     if len(set(names)) < len(names):
         raise InputError(f"--source names the same source twice: {', '.join(names)}.")
     sources = [find_source(name) for name in names]
-    settings = {**as_dict(config), "files": stamps(sources)}
+    excluded = [find_source(name) for name in config.exclude]
+    revisions = hub_revisions([*sources, *excluded])
+    sources = [replace(source, revision=revisions.get(source.name)) for source in sources]
+    settings = {**as_dict(config), "files": stamps(sources), "revisions": revisions}
     with output_directory(out, "prepare", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         if (out / CORPUS_FILE).exists():
             progress.say(f"{out} is already prepared; nothing to do (--fresh starts over).")
@@ -106,6 +109,7 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
         "fingerprint": fingerprint,
         "settings": as_dict(config),
         "files": stamps(sources),
+        "revisions": {source.name: source.revision for source in sources if source.revision},
         "splits": {name: stop - start for name, (start, stop) in bounds.items()},
         "counts": ledger.counts(),
         "duplicates": ledger.duplicates(),

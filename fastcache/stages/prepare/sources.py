@@ -13,6 +13,7 @@ from fastcache.assets import DEMO_CHAT, DEMO_TEXT
 from fastcache.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+ESTIMATE_BYTES = 4 * 2**20
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -24,14 +25,19 @@ class Source:
     place: str
     column: str | None = None
     config: str | None = None
+    revision: str | None = None
+    rows: int | None = None
+    """Rows that a known set has, for the estimate of the time left."""
 
 
 KNOWN = {
-    "wildchat": Source("wildchat", "allenai/WildChat-1M-Full", "conversation"),
-    "infinity-instruct": Source("infinity-instruct", "BAAI/Infinity-Instruct", "conversations", "7M"),
-    "tulu-3": Source("tulu-3", "allenai/tulu-3-sft-mixture", "messages"),
-    "orca-agentinstruct": Source("orca-agentinstruct", "mlabonne/orca-agentinstruct-1M-v1-cleaned", "messages"),
-    "lmsys-chat": Source("lmsys-chat", "lmsys/lmsys-chat-1m", "conversation"),
+    "wildchat": Source("wildchat", "allenai/WildChat-1M-Full", "conversation", rows=990_372),
+    "infinity-instruct": Source("infinity-instruct", "BAAI/Infinity-Instruct", "conversations", "7M", rows=7_449_106),
+    "tulu-3": Source("tulu-3", "allenai/tulu-3-sft-mixture", "messages", rows=939_343),
+    "orca-agentinstruct": Source(
+        "orca-agentinstruct", "mlabonne/orca-agentinstruct-1M-v1-cleaned", "messages", rows=1_046_410
+    ),
+    "lmsys-chat": Source("lmsys-chat", "lmsys/lmsys-chat-1m", "conversation", rows=1_000_000),
     "pile": Source("pile", "monology/pile-uncopyrighted", "text"),
     "demo": Source("demo", str(DEMO_CHAT)),
     "demo-text": Source("demo-text", str(DEMO_TEXT)),
@@ -67,20 +73,53 @@ def stamps(sources: Iterable[Source]) -> dict[str, list[int]]:
     return found
 
 
+def estimate_rows(source: Source) -> int | None:
+    """About how many rows a source has, or None: from Parquet's own counts, or from the beginning of a JSONL file."""
+    path = Path(source.place)
+    if not path.exists():
+        return source.rows
+    total = 0.0
+    for file in [path] if path.is_file() else _files_below(path):
+        if file.suffix == ".parquet":
+            total += _parquet_rows(file)
+        elif _inner_suffix(file) == ".jsonl":
+            total += _jsonl_rows(file)
+        else:
+            return None
+    return round(total)
+
+
+def _parquet_rows(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowInvalid, OSError):
+        return 0  # told when it is read
+
+
+def _jsonl_rows(path: Path) -> float:
+    """Lines in the first bytes, scaled by how much of the file, as it is stored, they took."""
+    with pa.OSFile(str(path)) as stored:
+        try:
+            stream = pa.CompressedInputStream(stored, COMPRESSED[path.suffix]) if path.suffix in COMPRESSED else stored
+            sample = stream.read(ESTIMATE_BYTES)
+        except OSError:
+            return 0  # told when it is read
+        return sample.count(b"\n") * path.stat().st_size / max(stored.tell(), 1)
+
+
 def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and _inner_suffix(path) in SUFFIXES)
 
 
 def read_source(source: Source, split: str) -> Iterator[dict[str, Any] | Malformed]:
-    """The rows of a source, in order. Raises `InputError` if there is no such source."""
+    """The rows of a source, in order. Raises `InputError` if it can't be read."""
     path = Path(source.place)
     if path.is_dir():
         return _read_folder(path, source.name)
     if path.is_file():
         return _read_file(path)
-    hub_name = source.place.count("/") <= 1 and not source.place.startswith((".", "/", "~"))
-    if not hub_name or _inner_suffix(path) in SUFFIXES:
-        raise InputError(f"--source {source.name}: there is no such file: {path}.")
     return _read_hub(source, split)
 
 
@@ -167,17 +206,46 @@ def _read_arrow(path: Path) -> Iterator[dict[str, Any] | Malformed]:
         raise InputError(f"{path} is not a readable Arrow stream: {error}.") from error
 
 
+def is_on_hub(source: Source) -> bool:
+    """Whether the source is a data set on the hub, and no local file or folder; raises `InputError` if it is neither."""
+    path = Path(source.place)
+    if path.exists():
+        return False
+    hub_name = source.place.count("/") <= 1 and not source.place.startswith((".", "/", "~"))
+    if not hub_name or _inner_suffix(path) in SUFFIXES:
+        raise InputError(f"--source {source.name}: there is no such file: {path}.")
+    return True
+
+
+def hub_revisions(sources: Iterable[Source]) -> dict[str, str]:
+    """The commit that each data set on the hub is at; raises `InputError` where the hub doesn't tell."""
+    from huggingface_hub import HfApi
+
+    found = {}
+    for source in sources:
+        if is_on_hub(source):
+            try:
+                found[source.name] = str(HfApi().dataset_info(source.place).sha)
+            except Exception as error:  # of the network, of the hub, of a wrong name
+                raise _no_hub(source, error) from error
+    return found
+
+
+def _no_hub(source: Source, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return InputError(
+        f"--source {source.name}: no file of this name, and the hub could not give the data set {source.place} "
+        f"({type(error).__name__}: {reason}). Check the name and the network; for a gated set, accept its terms at "
+        f"https://huggingface.co/datasets/{source.place} and run `hf auth login`; for a local copy, say "
+        f"--source {source.name}=PATH."
+    )
+
+
 def _read_hub(source: Source, split: str) -> Iterator[dict[str, Any] | Malformed]:
     from datasets import load_dataset
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's business
     try:
-        yield from load_dataset(source.place, source.config, split=split, streaming=True)
+        yield from load_dataset(source.place, source.config, split=split, streaming=True, revision=source.revision)
     except Exception as error:  # datasets raises many kinds, from many libraries
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(
-            f"--source {source.name}: no file of this name, and the hub could not give the data set {source.place} "
-            f"({type(error).__name__}: {reason}). Check the name and the network; for a gated set, accept its terms at "
-            f"https://huggingface.co/datasets/{source.place} and run `hf auth login`; for a local copy, say "
-            f"--source {source.name}=PATH."
-        ) from error
+        raise _no_hub(source, error) from error

@@ -25,7 +25,7 @@ from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.conflicts import write_grams
 from fastcache.stages.prepare.ngrams import ngram_hashes
 from fastcache.stages.prepare.schema import Unusable, usable
-from fastcache.stages.prepare.sources import Malformed, Source, read_source
+from fastcache.stages.prepare.sources import Malformed, Source, estimate_rows, read_source
 
 CHUNK_ROWS = 20_000
 CHUNK_BYTES = 16 * 2**20
@@ -150,6 +150,13 @@ def stage_chunk(
     return chunk
 
 
+def _total_rows(sources: list[Source], config: PrepareConfig) -> int | None:
+    """About how many rows there are to read, where all sources can tell."""
+    estimates = [estimate_rows(source) for source in sources]
+    limit = config.max_rows or 2**60
+    return None if None in estimates else sum(min(rows or 0, limit) for rows in estimates)
+
+
 def stage(
     sources: list[Source], config: PrepareConfig, folder: Path, progress: Progress, texts_too: bool = False
 ) -> list[Chunk]:
@@ -163,7 +170,7 @@ def stage(
     chunks: list[Chunk] = []
     running: list[Future[Chunk]] = []
     with (
-        progress.task("read, clean, hash", None, "rows") as task,
+        progress.task("read, clean, hash", _total_rows(sources, config), "rows") as task,
         ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as pool,
     ):
 
