@@ -443,6 +443,24 @@ def test_dialogues_and_texts_are_not_mixed(tmp_path):
         run(tmp_path / "out", path)
 
 
+def test_a_mended_file_can_be_prepared_in_the_same_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{broken")
+    with pytest.raises(InputError, match="strict"):
+        run(tmp_path / "out", str(path), strict=True)
+    write(path, [dialogue("a", "b")])
+    assert len(run(tmp_path / "out", str(path), strict=True)[1]) == 1
+
+
+def test_a_failure_far_on_keeps_what_was_staged(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "CHUNK_ROWS", 100)
+    good = write(tmp_path / "a.jsonl", many_dialogues(250))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": 1}' * 1000)[:30])
+    with pytest.raises(InputError, match="breaks off"):
+        run(tmp_path / "out", good, str(tmp_path / "b.jsonl.gz"), workers=1)
+    assert len(list((tmp_path / "out/.work/staged").glob("*.json"))) >= 1
+
+
 def test_rows_with_the_same_id_are_all_read(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"id": 7, **dialogue(f"q{i}", "a")} for i in range(3)])
     assert len(run(tmp_path / "out", path)[1]) == 3

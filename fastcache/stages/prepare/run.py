@@ -13,7 +13,7 @@ from fastcache.errors import InputError
 from fastcache.files import fsync_tree, read_json, write_json_atomic
 from fastcache.llm.loading import ModelSource, load_tokenizer
 from fastcache.progress import Progress
-from fastcache.rundir import output_directory, require_space
+from fastcache.rundir import RUN_FILE, output_directory, require_space
 from fastcache.stages.prepare.config import FREE_ON_RESUME, PrepareConfig
 from fastcache.stages.prepare.dedup import find_repeats
 from fastcache.stages.prepare.ledger import LEDGER_FILE, Ledger
@@ -55,8 +55,10 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
             return read_json(out / CORPUS_FILE)
         try:
             info = _prepare(sources, config, out, progress)
-        except InputError:  # nothing to go on with: the input must change
-            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+        except InputError:
+            if not list((out / WORK_FOLDER).glob("staged/*.json")):  # nothing that a next try could go on with
+                shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+                (out / RUN_FILE).unlink()
             raise
         if config.model:
             info["token_lengths"] = token_lengths(Corpus(out, info), config.model, progress)
