@@ -31,13 +31,11 @@ class GramFile(NamedTuple):
 
 
 def write_grams(path: Path, hashes: U64, checks: npt.NDArray[np.uint32], rows: npt.NDArray[np.int64]) -> None:
-    """Write the n-grams of a chunk, sorted by hash, each once a row."""
+    """Write the n-grams of a chunk, sorted by hash."""
     grams = np.empty(len(hashes), GRAM)
-    order = np.lexsort((rows, hashes))
+    order = np.argsort(hashes)
     grams["hash"], grams["check"], grams["row"] = hashes[order], checks[order], rows[order]
-    fresh = np.ones(len(grams), bool)
-    fresh[1:] = grams[1:] != grams[:-1]
-    grams[fresh].tofile(path)
+    grams.tofile(path)
 
 
 def _slice(file: GramFile, low: int, high: int) -> npt.NDArray[np.void]:
@@ -56,12 +54,20 @@ def _slice(file: GramFile, low: int, high: int) -> npt.NDArray[np.void]:
 def find_pairs(files: Sequence[GramFile], low: int, high: int) -> tuple[npt.NDArray[np.void], int]:
     """Pairs `[p]` of row and group, sorted by row, for the n-grams with low <= hash < high; and the number of groups."""
     grams = np.concatenate([_slice(file, low, high) for file in files])
+    # Most hashes stand alone: only those that don't are worth a sort by all three fields.
+    order = np.argsort(grams["hash"].copy())
+    ordered = grams["hash"][order]
+    equal = ordered[1:] == ordered[:-1]
+    tied = np.zeros(len(grams), bool)
+    tied[1:] |= equal
+    tied[:-1] |= equal
+    grams = grams[order[tied]]
     grams = grams[np.lexsort((grams["row"], grams["check"], grams["hash"]))]
     starts_group = np.ones(len(grams), bool)
     starts_group[1:] = (grams["hash"][1:] != grams["hash"][:-1]) | (grams["check"][1:] != grams["check"][:-1])
     starts = np.flatnonzero(starts_group)
     sizes = np.diff(np.append(starts, len(grams)))
-    shared = sizes > 1  # a row has each n-gram once, so two of a kind are two rows
+    shared = sizes > 1  # a row that has an n-gram twice shares it with itself, which drops nothing
     pairs = np.empty(int(sizes[shared].sum()), PAIR)
     pairs["row"] = grams["row"][np.repeat(shared, sizes)]
     pairs["group"] = np.repeat(np.arange(shared.sum()), sizes[shared])

@@ -4,9 +4,7 @@ What a Python set of n-grams would say, for any number of processes and any memo
 rows share, then the rows are walked in order. Rows given as excluded come first and own all their n-grams.
 """
 
-from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from fastcache.files import read_json, write_json_atomic
 from fastcache.progress import Progress
 from fastcache.stages.prepare.conflicts import BYTES_PER_GRAM, PAIR, GramFile, PairFile, find_pairs, owners, resolve
 from fastcache.stages.prepare.staging import Chunk
+from fastcache.workers import process_pool
 
 BUCKET_ROWS = 1 << 18
 SMALL_JOB = 1 << 20
@@ -53,7 +52,7 @@ def find_repeats(
     inline = n_grams < SMALL_JOB
     with (
         progress.task("find shared n-grams", n_ranges, "ranges") as task,
-        ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as pool,
+        process_pool(n_workers) as pool,
     ):
         waiting = [None if inline or _done(job[3]) else pool.submit(_range_pairs, *job) for job in jobs]
         for job, future in zip(jobs, waiting, strict=True):

@@ -6,10 +6,9 @@ sorted) and `chunk.json`, written last: a chunk with it is done. Where chunks ar
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import blake2b
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from fastcache.stages.prepare.conflicts import write_grams
 from fastcache.stages.prepare.ngrams import ngram_hashes
 from fastcache.stages.prepare.schema import Unusable, usable
 from fastcache.stages.prepare.sources import Malformed, Source, estimate_rows, read_source
+from fastcache.workers import process_pool
 
 CHUNK_ROWS = 20_000
 CHUNK_BYTES = 16 * 2**20
@@ -171,7 +171,7 @@ def stage(
     running: list[Future[Chunk]] = []
     with (
         progress.task("read, clean, hash", _total_rows(sources, config), "rows") as task,
-        ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as pool,
+        process_pool(n_workers) as pool,
     ):
 
         def collect(n_left: int) -> None:

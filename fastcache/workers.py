@@ -1,0 +1,25 @@
+"""Pools of worker processes that end with the process that made them, however it ends."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
+
+
+def _end_with_parent() -> None:
+    """A SIGKILL of the parent gives its workers no word: watch for its end."""
+    parent = parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def watch() -> None:
+            wait([sentinel])
+            os._exit(1)
+
+        Thread(target=watch, daemon=True).start()
+
+
+def process_pool(n_workers: int) -> ProcessPoolExecutor:
+    """A pool of fresh processes, which start with the first work."""
+    return ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
