@@ -182,22 +182,7 @@ def train_small(cache, out, *more):
 
 @pytest.fixture
 def sae(small_cache, tmp_path):
-    main(
-        [
-            "train",
-            "--cache",
-            str(small_cache),
-            "--arch",
-            "standard",
-            "--layer",
-            "1",
-            "--tokens",
-            "640",
-            "--out",
-            str(tmp_path / "sae"),
-        ]
-    )
-    return tmp_path / "sae"
+    return train_small(small_cache, tmp_path / "sae", "--layer", "1")
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1", b"\xff\xfe"])
@@ -217,22 +202,7 @@ def test_an_sae_that_is_a_file_is_named(sae, held_out_cache, capsys):
 def test_fresh_removes_only_what_the_command_wrote(sae, small_cache):
     (sae / "my notes").mkdir()
     (sae / "my notes/a.txt").write_text("mine")
-    main(
-        [
-            "train",
-            "--cache",
-            str(small_cache),
-            "--arch",
-            "standard",
-            "--layer",
-            "3",
-            "--tokens",
-            "640",
-            "--out",
-            str(sae),
-            "--fresh",
-        ]
-    )
+    train_small(small_cache, sae, "--layer", "3", "--fresh")
     assert (sae / "my notes/a.txt").read_text() == "mine"
     assert json.loads((sae / "sae.json").read_text())["hook_point"] == "resid_post.3"
 

@@ -1,5 +1,6 @@
 """What all SAEs share: parameters, decoding, and the interface of a training step."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ class StepFigures(NamedTuple):
     """bool `[d_sae]`: whether each latent was active in the batch."""
 
 
-class Sae(nn.Module):
+class Sae(nn.Module, ABC):
     """A sparse autoencoder: x `[n, d_in]` -> latent_acts `[n, d_sae]` -> recon `[n, d_in]`.
 
     Gradients are in closed form: `loss_and_grads` fills `.grad` of every parameter, without autograd.
@@ -43,9 +44,9 @@ class Sae(nn.Module):
         """W_enc x + b_enc, `[n, d_sae]`."""
         return torch.addmm(self.b_enc, x, self.W_enc)
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations `[n, d_sae]` of x `[n, d_in]`."""
-        raise NotImplementedError
 
     def decode(self, latent_acts: Tensor) -> Tensor:
         """Reconstruction `[n, d_in]`."""
@@ -55,9 +56,9 @@ class Sae(nn.Module):
         """Reconstruction `[n, d_in]` of x `[n, d_in]`."""
         return self.decode(self.encode(x))
 
+    @abstractmethod
     def loss_and_grads(self, x: Tensor, sparsity_coefficient: float) -> StepFigures:
         """One training step's forward and backward pass on a batch x `[n, d_in]`; fills the gradients."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

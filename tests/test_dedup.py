@@ -1,0 +1,148 @@
+"""Deduplication: equal to the paper's Algorithm 1, written out again as a plain set, on any input and on real sets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from corpora import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastcache.stages.prepare.conflicts import GramFile, PairFile, find_pairs, owners, resolve, write_grams
+from fastcache.stages.prepare.ngrams import ngram_hashes
+from fastcache.stages.prepare.schema import Unusable, to_messages
+
+
+def kept_by_algorithm_1(samples, n, unit):
+    """Algorithm 1 of the paper, word for word."""
+    seen, kept = set(), []
+    for index, turns in enumerate(samples):
+        grams = set()
+        for turn in turns:
+            units = turn.split() if unit == "word" else turn
+            grams |= {tuple(units[i : i + n]) for i in range(len(units) - n + 1)}
+        if not grams & seen:
+            seen |= grams
+            kept.append(index)
+    return kept
+
+
+def kept_by_ours(samples, n, unit, folder, chunk, n_ranges, bucket, n_given=0):
+    """The same through files: n-grams by chunks, pairs by ranges of hashes, rows by buckets."""
+    files = []
+    for first in range(0, len(samples), chunk):
+        part = samples[first : first + chunk]
+        rows = np.repeat(np.arange(len(part)), [len(sample) for sample in part])
+        grams = ngram_hashes([turn for sample in part for turn in sample], n, unit)
+        files.append(GramFile(folder / f"{first}.grams", first))
+        write_grams(files[-1].path, grams.hashes, grams.checks, rows[grams.turns])
+    pair_files, n_groups = [], 0
+    edges = [2**64 * index // n_ranges for index in range(n_ranges + 1)]
+    for index in range(n_ranges):
+        pairs, count = find_pairs(files, edges[index], edges[index + 1])
+        pair_files.append(PairFile(folder / f"{index}.pairs", n_groups))
+        pairs.tofile(pair_files[-1].path)
+        n_groups += count
+    blame = resolve(pair_files, len(samples), n_groups, bucket, n_given)
+    return blame, owners(pair_files, blame, bucket)
+
+
+texts = st.text(alphabet="ab \n\u2003\u00fc", max_size=30)
+turns = st.lists(texts, max_size=3)
+cuts = st.integers(1, 6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    samples=st.lists(turns, min_size=1, max_size=12), n=st.integers(1, 5), unit=st.sampled_from(["word", "character"]),
+    chunk=cuts, n_ranges=cuts, bucket=cuts,
+)  # fmt: skip
+def test_deduplication_equals_algorithm_1(samples, n, unit, chunk, n_ranges, bucket, tmp_path_factory):
+    blame, _ = kept_by_ours(samples, n, unit, tmp_path_factory.mktemp("dedup"), chunk, n_ranges, bucket)
+    assert np.flatnonzero(blame < 0).tolist() == kept_by_algorithm_1(samples, n, unit)
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=st.lists(turns, min_size=1, max_size=12), n=st.integers(1, 3), chunk=cuts, n_ranges=cuts, bucket=cuts)
+def test_every_duplicate_names_an_earlier_kept_row_that_shares_an_ngram(
+    samples, n, chunk, n_ranges, bucket, tmp_path_factory
+):
+    def grams(sample):
+        return {tuple(t.split()[i : i + n]) for t in sample for i in range(len(t.split()) - n + 1)}
+
+    blame, owner = kept_by_ours(samples, n, "word", tmp_path_factory.mktemp("dedup"), chunk, n_ranges, bucket)
+    assert np.array_equal(owner >= 0, blame >= 0)
+    for row in np.flatnonzero(owner >= 0).tolist():
+        assert owner[row] < row
+        assert blame[owner[row]] < 0
+        assert grams(samples[row]) & grams(samples[owner[row]])
+
+
+def test_given_rows_are_kept_whatever_they_share(tmp_path):
+    samples = [["a b"], ["a b c"], ["b c"], ["d e"]]
+    blame, owner = kept_by_ours(samples, 2, "word", tmp_path, 2, 1, 2, n_given=2)
+    assert (blame < 0).tolist() == [True, True, False, True]
+    assert owner[2] == 1
+
+
+def test_a_dropped_sample_adds_nothing_to_the_seen_set(tmp_path):
+    blame, _ = kept_by_ours([["a b"], ["a b c d"], ["c d"]], 2, "word", tmp_path, 3, 1, 3)
+    assert (blame < 0).tolist() == [True, False, True]
+
+
+@settings(deadline=None)
+@given(
+    turns=st.lists(st.text(max_size=40), max_size=6), n=st.integers(1, 25), unit=st.sampled_from(["word", "character"])
+)
+def test_equal_ngrams_and_only_they_have_equal_hashes(turns, n, unit):
+    expected = []
+    for index, turn in enumerate(turns):
+        units = turn.split() if unit == "word" else turn
+        expected += [(index, tuple(units[i : i + n])) for i in range(len(units) - n + 1)]
+    grams = ngram_hashes(turns, n, unit)
+    assert grams.turns.tolist() == [index for index, _ in expected]
+    hashes = list(zip(grams.hashes.tolist(), grams.checks.tolist(), strict=True))
+    assert (
+        len(set(hashes))
+        == len({gram for _, gram in expected})
+        == len(set(zip(hashes, (g for _, g in expected), strict=True)))
+    )
+
+
+def test_ngrams_do_not_depend_on_what_else_is_hashed():
+    long = " ".join(f"w{i}" for i in range(60_000))  # more than a batch
+    alone = ngram_hashes([long], 20, "word")
+    together = ngram_hashes(["a b c", long, "", "d"], 20, "word")
+    assert np.array_equal(alone.hashes, together.hashes)
+
+
+REAL_SETS = ["multi/moss", "multi/glaive_toolcall", "multi/fastchat_dummy_conversation", "multi/topical_chat"]
+REAL_SETS += ["single/gpteacher_codegen", "single/codealpaca_new", "single/gpteacher_roleplay", "single/gsm8k_train"]
+
+
+def test_real_dialogues_are_those_that_algorithm_1_keeps(testdata, tmp_path):
+    paths = [str(testdata / f"sft/{name}.jsonl") for name in REAL_SETS]
+    info, kept = run(tmp_path / "out", *paths, exact=False)
+    ledger = pq.read_table(tmp_path / "out/ledger.parquet").to_pylist()
+    assert len(ledger) == sum(counts["rows"] for counts in info["counts"].values())
+    assert all(c["kept"] + sum(c["dropped"].values()) == c["rows"] for c in info["counts"].values())
+    samples, rows = [], []
+    for path in paths:
+        with Path(path).open() as file:
+            for number, line in enumerate(file):
+                try:
+                    messages = to_messages(json.loads(line)["messages"])
+                except Unusable:
+                    continue
+                samples.append([m["content"] for m in messages if m["role"] != "system"])
+                rows.append((path, number))
+    expected = {rows[index] for index in kept_by_algorithm_1(samples, 20, "word")}
+    assert {(row["source"], row["source_row"]) for row in ledger if row["outcome"] == "kept"} == expected
+    assert len(kept) == len(expected) < len(samples)
+
+
+def test_the_same_set_twice_is_found_row_for_row(testdata, tmp_path):
+    first, second = (str(testdata / f"sft/single/{name}.jsonl") for name in ("gpteacher_codegen", "codealpaca_new"))
+    info, _ = run(tmp_path / "out", first, second)
+    assert info["counts"][second]["kept"] == 0
