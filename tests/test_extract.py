@@ -151,6 +151,18 @@ def test_a_row_that_the_budget_cuts_is_truncated(tiny_qwen, chat_corpus, tmp_pat
     )
 
 
+def test_a_document_of_many_blocks_is_cut_into_them(tiny_qwen, tmp_path):
+    from fastcache.progress import Silent
+    from fastcache.stages.prepare.config import PrepareConfig
+    from fastcache.stages.prepare.run import prepare
+
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": "the owl sat " * 400}))
+    prepare(PrepareConfig(source=(str(tmp_path / "book.jsonl"),)), tmp_path / "corpus", Silent())
+    cache = run_extract(tiny_qwen, tmp_path / "corpus", tmp_path / "cache", method="bt-p", block_size=4, parity=0)
+    assert cache.n_instances > 256
+    assert cache.manifest.ledger["stored"] == 1
+
+
 def test_missing_corpus_rows_are_noticed(tiny_qwen, chat_corpus, tmp_path):
     import shutil
 

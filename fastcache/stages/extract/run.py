@@ -141,7 +141,8 @@ def extract(
         raise InputError(
             f"None of the first {SAMPLE} rows of {corpus_path} could be rendered; see `fastcache inspect`."
         )
-    tokens_per_row = sum(len(i.token_ids) for i in sample) / sum(len(item.entries) for item in items)
+    n_rows = max(1, sum(len(item.entries) for item in items))  # a long document may not have ended yet
+    tokens_per_row = sum(len(instance.token_ids) for instance in sample) / n_rows
     expected_tokens = min(config.tokens, round(tokens_per_row * job.corpus.n_rows(config.split)))
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
     if not (out / "manifest.json").exists():
