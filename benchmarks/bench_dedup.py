@@ -205,7 +205,8 @@ def measure(name: str, folder: Path, workers: int, python: str = sys.executable)
             reason = (log.read().strip().splitlines() or ["killed"])[-1]
             print(f"{name} with {workers} processes failed: {reason}")
             return None
-    return np.load(folder.parent / "result.npy", allow_pickle=True).item() | {"peak": peak}
+    with np.load(folder.parent / "result.npz") as result:
+        return dict(result) | {"peak": peak}
 
 
 def show(name: str, n: int, size: int, run: dict, parts: slice = slice(None)) -> np.ndarray:
@@ -300,6 +301,6 @@ if __name__ == "__main__":
     if arguments.candidate:
         out = arguments.folder.parent / "out"
         measured = RUNNERS[arguments.candidate](arguments.folder, out, arguments.workers)
-        np.save(arguments.folder.parent / "result.npy", np.array(measured, object))
+        np.savez(arguments.folder.parent / "result.npz", **measured)
     else:
         main(sorted(arguments.sizes), arguments.library_python)

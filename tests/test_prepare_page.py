@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from fastcache import extras
 from fastcache.errors import FormatError, InputError, IntegrityError
 from fastcache.progress import Silent
 from fastcache.stages.prepare import histograms, page
@@ -254,7 +255,7 @@ def test_a_corpus_that_lacks_a_file(mixed, tmp_path, lost):
 
 
 def test_missing_packages_are_named(mixed, monkeypatch):
-    monkeypatch.setattr(page, "find_spec", lambda name: None if name == "jinja2" else name)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "jinja2" else name)
     with pytest.raises(InputError, match=r"needs jinja2: pip install"):
         write_page(mixed[1])
 

@@ -5,25 +5,17 @@ An addition to the paper's deduplication, off by default. It keeps a signature o
 """
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from fastcache.errors import InputError
 from fastcache.progress import Progress
 from fastcache.stages.prepare.ngrams import ngram_hashes
 from fastcache.stages.prepare.staging import Chunk
 
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
-
-
-def require_minhash_package() -> None:
-    """Raise `InputError` where datasketch is missing."""
-    if find_spec("datasketch") is None:
-        raise InputError("--minhash needs datasketch: pip install 'fastcache-sae[minhash]'.")
 
 
 def near_duplicates(

@@ -3,7 +3,6 @@
 All is read back from the corpus directory, in bounded memory, so the page can be made again at any time.
 """
 
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import pyarrow.compute as pc
 
 from fastcache import __version__
 from fastcache.corpus import CORPUS_FILE, Corpus
-from fastcache.errors import FormatError, InputError, IntegrityError
+from fastcache.errors import FormatError, IntegrityError
+from fastcache.extras import require_packages
 from fastcache.files import require_fields, write_bytes_atomic
 from fastcache.stages.prepare.histograms import measure, plot_lengths, read_batches, shards
 from fastcache.stages.prepare.ledger import KEPT, LEDGER_FILE
@@ -33,9 +33,7 @@ def write_page(out: Path) -> Path:
     Raises `InputError` where matplotlib or jinja2 is missing, `FormatError` if `out` holds no finished corpus,
     `IntegrityError` if its files can't be read or don't fit together.
     """
-    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"The corpus page needs {' and '.join(missing)}: pip install 'fastcache-sae[report]'.")
+    require_packages("The corpus page", "report", "matplotlib", "jinja2")
     import jinja2
 
     corpus = Corpus(out)

@@ -10,6 +10,7 @@ import numpy as np
 from fastcache.config import as_dict
 from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION, Corpus
 from fastcache.errors import InputError
+from fastcache.extras import require_packages
 from fastcache.files import fsync_tree, read_json, write_json_atomic
 from fastcache.llm.loading import ModelSource, load_tokenizer
 from fastcache.progress import Progress
@@ -18,7 +19,7 @@ from fastcache.stages.prepare.config import FREE_ON_RESUME, PrepareConfig
 from fastcache.stages.prepare.dedup import find_repeats
 from fastcache.stages.prepare.ledger import LEDGER_FILE, Ledger
 from fastcache.stages.prepare.lengths import token_lengths
-from fastcache.stages.prepare.minhash import near_duplicates, require_minhash_package
+from fastcache.stages.prepare.minhash import near_duplicates
 from fastcache.stages.prepare.ngrams import COLLISION_BITS
 from fastcache.stages.prepare.output import split_bounds, write_rows
 from fastcache.stages.prepare.page import PAGE_FILE, write_page
@@ -37,7 +38,7 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
     """
     names = (*(RECIPES[config.recipe] if config.recipe else ()), *config.source)
     if config.minhash:
-        require_minhash_package()
+        require_packages("--minhash", "minhash", "datasketch")
     if config.model:
         load_tokenizer(ModelSource(config.model))  # so that a wrong name is told now, not after hours
     if not names:

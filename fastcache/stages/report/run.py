@@ -1,6 +1,5 @@
 """The report stage: collects what runs left behind and fills the page's template."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,14 @@ from fastcache.cache_format.reader import open_cache
 from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
+from fastcache.extras import require_packages
 from fastcache.files import read_json, read_json_lines, require_fields, write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
 
 
 def require_report_packages() -> None:
     """Raise `InputError` where matplotlib or jinja2 is missing."""
-    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"The report needs {' and '.join(missing)}: pip install 'fastcache-sae[report]'.")
+    require_packages("The report", "report", "matplotlib", "jinja2")
 
 
 def write_report(config: ReportConfig) -> None:
