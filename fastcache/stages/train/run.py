@@ -78,7 +78,7 @@ def _median_sample(cache: Cache, hook: str, seed: int, device: str) -> Tensor:
     """Rows of some random units, for the geometric median."""
     units = UnitStream(cache, hook, seed)
     n_units = min(MEDIAN_UNITS, -(-cache.n_tokens // UNIT_ROWS))
-    rows = np.concatenate([units.next_unit()[1] for _ in range(n_units)])
+    rows = np.concatenate([units.next_unit() for _ in range(n_units)])
     return to_tensor(rows, cache.manifest.dtype, device)
 
 
