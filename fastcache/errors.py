@@ -28,6 +28,10 @@ class MismatchError(FastcacheError, ValueError):
     """Resuming, or combining, things made with different settings."""
 
 
+class StorageError(FastcacheError, OSError):
+    """A disk or an object store that fails while writing."""
+
+
 class SpaceError(FastcacheError, OSError):
     """Not enough disk space for what was asked."""
 

@@ -122,6 +122,11 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     fsync_directory(path.parent)
 
 
+def readable_json(value: Any) -> bytes:
+    """A file for people: sorted keys, a line each; equal values give equal bytes."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     """Replace `path` by the readable JSON of `value`, atomically."""
-    write_bytes_atomic(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_bytes_atomic(path, readable_json(value))

@@ -148,6 +148,18 @@ def held_out_cache(tiny_qwen, chat_corpus, tmp_path_factory) -> Path:
     return out
 
 
+def edit_manifest(root: Path, **changes) -> None:
+    """Change fields of a cache's manifest, with a new checksum."""
+    from crc32c import crc32c
+
+    from fastcache.files import canonical_json
+
+    raw = {**json.loads((root / "manifest.json").read_text()), **changes}
+    del raw["checksum"]
+    checksum = f"{crc32c(canonical_json(raw).encode()):08x}"
+    (root / "manifest.json").write_text(json.dumps({**raw, "checksum": checksum}))
+
+
 def tree_bytes(root: Path) -> dict[str, bytes]:
     """Every file below `root` but run.json and the lock."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file())

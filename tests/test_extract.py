@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import run_extract, tree_bytes
+from conftest import edit_manifest, run_extract, tree_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastcache
@@ -177,8 +177,7 @@ def test_missing_corpus_rows_are_noticed(tiny_qwen, chat_corpus, tmp_path):
 
 def test_a_part_of_other_sequences_is_not_gone_on_with(tiny_qwen, chat_corpus, tmp_path, monkeypatch):
     run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", unit_tokens=400)
-    manifest = tmp_path / "cache/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"complete"', '"writing"'))
+    edit_manifest(tmp_path / "cache", state="writing")
     from fastcache.stages.extract import run as extract_run
 
     original = extract_run.fast_items

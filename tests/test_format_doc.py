@@ -6,18 +6,20 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from crc32c import crc32c
 
 import fastcache
 from fastcache import files
 from fastcache.cache_format import manifest as manifest_module
 from fastcache.cache_format import schema, statistics
-from fastcache.cache_format.manifest import LOG_FILE, MANIFEST_FILE, Manifest, load_manifest, read_log
+from fastcache.cache_format.manifest import LOG_FILE, MANIFEST_FILE, Log, Manifest, load_manifest
+from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import SPLITS, STORED_DTYPES, TOKEN_ARRAYS, UNIT_ROWS, TokenType, TurnRole
-from fastcache.cache_format.writer import CacheWriter, Instance
+from fastcache.cache_format.storage import LocalStorage
+from fastcache.cache_format.writer import CacheWriter
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "FORMAT.md").read_text()
 HOOK, D_IN = "resid_post.1", 4
@@ -266,13 +268,13 @@ def test_example_manifest_has_the_fields_of_a_finished_run(complete_manifest):
 
 def test_example_line_has_the_right_checksum():
     checksum, _, text = example("The only line", "text").partition(" ")
-    assert checksum == f"{google_crc32c.value(text.encode()):08x}"
+    assert checksum == f"{crc32c(text.encode()):08x}"
     assert text == files.canonical_json(json.loads(text))
 
 
 def test_example_line_parses_and_agrees_with_the_manifest(tmp_path):
     (tmp_path / LOG_FILE).write_text(example("The only line", "text") + "\n")
-    (record,) = read_log(tmp_path)
+    (record,) = Log(LocalStorage(tmp_path)).records
     totals = example_manifest()["totals"]
     n_bytes = sum(size for size, _ in record.files.values())
     found = {"n_tokens": record.n_tokens, "n_instances": record.n_instances, "n_parts": 1, "n_bytes": n_bytes}

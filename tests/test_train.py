@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tree_bytes
+from conftest import edit_manifest, tree_bytes
 
 import fastcache
 from fastcache.errors import InputError, IntegrityError
@@ -139,8 +139,7 @@ def test_an_unfinished_cache_is_refused(small_cache, tmp_path):
     import shutil
 
     shutil.copytree(small_cache, tmp_path / "cache")
-    manifest = tmp_path / "cache/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"complete"', '"writing"'))
+    edit_manifest(tmp_path / "cache", state="writing")
     with pytest.raises(InputError, match="not complete"):
         train(config_for(tmp_path / "cache"), tmp_path / "sae", Silent())
 

@@ -4,18 +4,17 @@ A part exists when its line stands in the log; each line is `<crc32c in hex> <ca
 what a crash leaves and is cut off by the next writer; a bad line anywhere else is corruption.
 """
 
-import os
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import google_crc32c
+from crc32c import crc32c
 
 from fastcache.cache_format.schema import FORMAT_NAME, FORMAT_VERSION, LOG_FILE, MANIFEST_FILE, STORED_DTYPES, layer_of
+from fastcache.cache_format.storage import Storage
 from fastcache.errors import FormatError, InputError, IntegrityError
-from fastcache.files import canonical_json, fsync_directory, parse_json, read_json, write_json_atomic
+from fastcache.files import canonical_json, parse_json, readable_json
 
 MAX_ROWS = 2**48
 STATES = ("writing", "complete")
@@ -59,6 +58,8 @@ class Manifest:
     ledger: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[int]] = field(default_factory=dict)
+    """The metadata files above the parts -> [size in bytes, crc32c]."""
 
     @property
     def hook_points(self) -> list[str]:
@@ -75,30 +76,44 @@ class Manifest:
         """Logical dtype of the stored residuals."""
         return str(self.identity["dtype"])
 
-    def save(self, root: Path) -> None:
-        """Write manifest.json atomically."""
+    def to_bytes(self) -> bytes:
+        """The file, which ends with a checksum of everything else in it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        write_json_atomic(root / MANIFEST_FILE, {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **fields})
+        content = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **fields}
+        return readable_json({**content, "checksum": _checksum(content)})
+
+    def save(self, storage: Storage) -> None:
+        """Write manifest.json atomically."""
+        storage.write(MANIFEST_FILE, self.to_bytes())
 
 
-def load_manifest(root: Path) -> Manifest:
+def _checksum(content: dict[str, Any]) -> str:
+    return f"{crc32c(canonical_json(content).encode()):08x}"
+
+
+def load_manifest(storage: Storage) -> Manifest:
     """Read and check manifest.json; raises `FormatError` for other formats, other major versions, wrong types."""
-    path = root / MANIFEST_FILE
-    if not path.is_file():
+    root, path = storage.url, f"{storage.url}/{MANIFEST_FILE}"
+    try:
+        raw = parse_json(storage.read(MANIFEST_FILE), path)
+    except FileNotFoundError as error:
         raise FormatError(
             f"{root} is not a fastcache cache: it has no {MANIFEST_FILE}. Give the --out of an extract run."
-        )
-    raw = read_json(path)
-    version = raw.pop("format_version", None)
-    if raw.pop("format", None) != FORMAT_NAME or not isinstance(version, str):
+        ) from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT_NAME or not isinstance(raw.get("format_version"), str):
         raise FormatError(f"{path} is not the manifest of a fastcache cache.")
-    if not re.fullmatch(r"[0-9]+\.[0-9]+", version):
+    version = raw["format_version"]
+    if not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
         raise FormatError(f"{path}: {version!r} is not a format version.")
-    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+    major, minor = map(int, version.split("."))
+    if major != int(FORMAT_VERSION.split(".")[0]):
         raise FormatError(
             f"{root} has cache format {version}; this fastcache reads {FORMAT_VERSION.split('.')[0]}.x. "
             "Use a fastcache of that version, or extract the cache again."
         )
+    checksum = raw.pop("checksum", None)
+    if checksum != _checksum(raw) and minor > 0:  # 1.0 had none
+        raise IntegrityError(f"{path} differs from its checksum. Restore the file, or extract the cache again.")
     known = Manifest.__dataclass_fields__
     fields = {name: raw[name] for name in known if name in raw}  # a newer minor version may add names
     for name, value in fields.items():
@@ -107,10 +122,11 @@ def load_manifest(root: Path) -> Manifest:
     if fields.get("state", "writing") not in STATES:
         raise FormatError(f"{path}: state {fields['state']!r} is not one of {', '.join(STATES)}.")
     _check_identity(fields.get("identity", {}), path)
+    _check_files(fields.get("files", {}), path)
     return Manifest(**fields)
 
 
-def _check_identity(identity: dict[str, Any], path: Path) -> None:
+def _check_identity(identity: dict[str, Any], path: str) -> None:
     hooks, d_in = identity.get("hook_points"), identity.get("d_in")
     if not isinstance(hooks, list) or not hooks or not all(isinstance(hook, str) for hook in hooks):
         raise FormatError(f"{path}: identity.hook_points should list at least one hook point, found {hooks!r}.")
@@ -163,7 +179,7 @@ def _split_log(data: bytes) -> tuple[list[PartRecord], int]:
             break
         checksum, _, text = data[position:end].partition(b" ")
         where = f"{LOG_FILE} line {len(records) + 1}"
-        if checksum != b"%08x" % google_crc32c.value(text):
+        if checksum != b"%08x" % crc32c(text):
             if end + 1 == len(data):
                 break
             raise IntegrityError(f"{where} differs from its checksum. Restore the file, or extract the cache again.")
@@ -172,26 +188,45 @@ def _split_log(data: bytes) -> tuple[list[PartRecord], int]:
     return records, position
 
 
-def read_log(root: Path) -> list[PartRecord]:
-    """The committed parts in part order; raises on a bad line (other than a torn last one) or a part logged twice."""
-    path = root / LOG_FILE
-    records, _ = _split_log(path.read_bytes()) if path.exists() else ([], 0)
-    records.sort(key=lambda record: record.index)
-    for before, after in pairwise(records):
-        if before.index == after.index:
-            raise FormatError(f"{path}: part {after.index} is listed twice.")
-    return records
+class Log:
+    """parts.jsonl: its good lines, and the end at which the next one is written."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Raises on a bad line (other than a torn last one) and on a part that is logged twice."""
+        self._storage = storage
+        try:
+            data = storage.read(LOG_FILE)
+        except FileNotFoundError:
+            data = b""
+        records, length = _split_log(data)
+        self.is_torn = length < len(data)
+        self._good = data[:length]
+        self.records = sorted(records, key=lambda record: record.index)
+        """By part."""
+        for before, after in pairwise(self.records):
+            if before.index == after.index:
+                raise FormatError(f"{storage.url}/{LOG_FILE}: part {after.index} is listed twice.")
+
+    def append(self, record: PartRecord) -> None:
+        """Add a line, durably, in the place of a torn one; now the part exists."""
+        text = _line(record)
+        self._storage.append(LOG_FILE, self._good, text)
+        self._good += text
+        self.records.append(record)
+
+    def replace(self, record: PartRecord) -> None:
+        """Write the line of a part anew, in the same place, after a repair."""
+        lines = self._good.splitlines(keepends=True)
+        kept = [_line(record) if _parse_line(line).index == record.index else line for line in lines]
+        self._good = b"".join(kept)
+        self._storage.write(LOG_FILE, self._good)
+        self.records = [record if one.index == record.index else one for one in self.records]
 
 
-def append_log(root: Path, record: PartRecord) -> None:
-    """Append one line and flush it to disk; a torn last line is cut off first."""
+def _line(record: PartRecord) -> bytes:
     text = canonical_json(record.to_json()).encode()
-    path = root / LOG_FILE
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        _, length = _split_log(file.read())
-        file.truncate(length)
-        file.seek(length)
-        file.write(b"%08x %s\n" % (google_crc32c.value(text), text))
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_directory(root)
+    return b"%08x %s\n" % (crc32c(text), text)
+
+
+def _parse_line(line: bytes) -> PartRecord:
+    return _parse_record(line[9:], LOG_FILE)

@@ -1,110 +1,23 @@
 """Reading a cache: by instance, by unit, by row. Every residual read is checked against its unit's crc32c.
 
-Opening reads two small files, whatever the size of the cache; it loads no model, no data set and no torch.
+Opening reads two small files, whatever the size of the cache; it loads no model, no data set, no torch and no zarr.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import cached_property
 from os import PathLike
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import zarr
 
-from fastcache.cache_format.manifest import Manifest, PartRecord, load_manifest, read_log
-from fastcache.cache_format.schema import PARTS_FOLDER, STORED_DTYPES, TOKEN_ARRAYS, UNIT_ROWS, checksum_array, decode
+from fastcache.cache_format.manifest import Log, load_manifest
+from fastcache.cache_format.part import RESTORE, Part, Rows
+from fastcache.cache_format.schema import ROW_DTYPES, UNIT_ROWS, decode
 from fastcache.cache_format.statistics import Moments, merged
+from fastcache.cache_format.storage import Storage, open_storage
 from fastcache.config import nearest
-from fastcache.errors import FormatError, InputError, IntegrityError
-
-Rows = npt.NDArray[np.generic]
-
-RESTORE = "Restore it from a copy, or extract the cache again."
-
-
-class Part:
-    """One committed part; its arrays are opened when they are first used."""
-
-    def __init__(self, root: Path, record: PartRecord, manifest: Manifest) -> None:
-        self.record = record
-        self.path = root / PARTS_FOLDER / record.name
-        self._manifest = manifest
-        self._residuals: dict[str, tuple[zarr.Array[Any], npt.NDArray[np.uint32]]] = {}
-
-    @cached_property
-    def _group(self) -> zarr.Group:
-        """The part's group, once all its files are seen to be there: Zarr would read zeros for a missing one."""
-        if not self.path.is_dir():
-            raise IntegrityError(f"The part {self.path} is listed in the log but missing. {RESTORE}")
-        root = self.path.parents[1].resolve() / PARTS_FOLDER / self.record.name
-        for name, (size, _) in self.record.files.items():
-            path = self.path / name
-            if not path.is_file() or path.stat().st_size != size:
-                found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-                raise IntegrityError(f"{path} {found}, expected {size} bytes. {RESTORE}")
-            if path.resolve() != root / name:
-                raise IntegrityError(f"{path} is reached through a symbolic link; a cache holds none. {RESTORE}")
-        return zarr.open_group(self.path, mode="r")
-
-    def _array(self, name: str, shape: tuple[int, ...] | None, dtype: str) -> zarr.Array[Any]:
-        array = self._group.get(name)
-        if not isinstance(array, zarr.Array):
-            raise FormatError(f"{self.path} has no array {name!r}.")
-        if str(array.dtype) != dtype or (shape is not None and array.shape != shape):
-            found = f"{array.dtype} {array.shape}"
-            raise FormatError(f"{self.path}/{name} should be {dtype} {shape or ''}, found {found}.")
-        return array
-
-    def _read(self, array: zarr.Array[Any], selection: Any = ...) -> npt.NDArray[Any]:
-        try:
-            return np.asarray(array[selection])
-        except (ValueError, RuntimeError) as error:  # what codecs say of bytes that they can't decode
-            raise IntegrityError(f"{self.path}/{array.basename} can't be decoded ({error}). {RESTORE}") from error
-
-    @cached_property
-    def tokens(self) -> dict[str, npt.NDArray[Any]]:
-        """The token arrays by name, as docs/FORMAT.md lists them."""
-        n, m = self.record.n_tokens, self.record.n_instances
-        shapes = {"token_ids": (n,), "token_types": (n,), "instance_ids": (m,), "instance_offsets": (m + 1,)}
-        arrays = {name: self._array(name, shapes.get(name), dtype) for name, dtype in TOKEN_ARRAYS.items()}
-        values: dict[str, npt.NDArray[Any]] = {name: self._read(array) for name, array in arrays.items()}
-        for name, count in (("instance_offsets", m), ("document_offsets", len(values["document_ids"]))):
-            offsets = values[name]
-            if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != n or (np.diff(offsets) <= 0).any():
-                raise FormatError(f"{self.path}/{name} should rise from 0 to {n} in {count} steps.")
-        return values
-
-    def rows(self, hook: str, start: int, stop: int) -> Rows:
-        """Rows `[stop - start, d_in]` as stored; raises `IntegrityError` if a unit they touch is damaged."""
-        if hook not in self._residuals:
-            shape = (self.record.n_tokens, self._manifest.d_in)
-            array = self._array(hook, shape, STORED_DTYPES[self._manifest.dtype])
-            n_units = -(-shape[0] // UNIT_ROWS)
-            checksums = self._read(self._array(checksum_array(hook), (n_units,), "uint32"))
-            self._residuals[hook] = (array, checksums)
-        array, checksums = self._residuals[hook]
-        first = start // UNIT_ROWS * UNIT_ROWS
-        last = min(-(-stop // UNIT_ROWS) * UNIT_ROWS, self.record.n_tokens)
-        values = cast(Rows, self._read(array, slice(first, last)))
-        for offset in range(0, len(values), UNIT_ROWS):
-            unit = (first + offset) // UNIT_ROWS
-            if google_crc32c.value(values[offset : offset + UNIT_ROWS].tobytes()) != checksums[unit]:
-                raise IntegrityError(
-                    f"{self.path}/{hook}: unit {unit} (rows {unit * UNIT_ROWS} to {(unit + 1) * UNIT_ROWS - 1}) "
-                    f"differs from its checksum: the file is damaged. {RESTORE}"
-                )
-        return values[start - first : stop - first]
-
-    def moments(self, hook: str) -> Moments:
-        """The statistics of this part's rows."""
-        values = {}
-        for name, like in Moments.empty(self._manifest.d_in).arrays().items():
-            values[name] = self._read(self._array(f"{hook}.statistics.{name}", like.shape, str(like.dtype)))
-        return Moments(**values)
+from fastcache.errors import InputError, IntegrityError
 
 
 class CachedInstance:
@@ -145,21 +58,26 @@ class CachedInstance:
         """The residual stream `[n, d_in]` at `hook_point`, for example `"resid_post.18"`, as float32."""
         return self._cache.residuals(hook_point, self.rows.start, self.rows.stop)
 
+    def to_torch(self, hook_point: str) -> Any:
+        """The same as a float32 torch tensor `[n, d_in]`."""
+        return self._cache.to_torch(hook_point, self.rows.start, self.rows.stop)
+
 
 class Cache:
     """A cache opened for reading."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = load_manifest(path)
-        self.parts = [Part(path, record, self.manifest) for record in read_log(path)]
+    def __init__(self, storage: Storage) -> None:
+        self.path = storage.url
+        """Folder or address of the cache."""
+        self.manifest = load_manifest(storage)
+        self.parts = [Part(storage, record, self.manifest) for record in Log(storage).records]
         self._first_instance = np.cumsum([0, *(part.record.n_instances for part in self.parts)]).tolist()
         self._first_row = np.cumsum([0, *(part.record.n_tokens for part in self.parts)]).tolist()
         totals = {"n_parts": len(self.parts), "n_tokens": self.n_tokens, "n_instances": self.n_instances}
         for name, found in totals.items():
             if self.complete and self.manifest.totals.get(name) != found:
                 expected = self.manifest.totals.get(name)
-                raise IntegrityError(f"{path}: the log has {name} = {found}, the manifest {expected}. {RESTORE}")
+                raise IntegrityError(f"{self.path}: the log has {name} = {found}, the manifest {expected}. {RESTORE}")
 
     @property
     def n_instances(self) -> int:
@@ -180,6 +98,11 @@ class Cache:
     def d_in(self) -> int:
         """Width of the residual stream."""
         return self.manifest.d_in
+
+    @property
+    def row_dtype(self) -> np.dtype[Any]:
+        """Dtype of rows before they are decoded."""
+        return np.dtype(ROW_DTYPES[self.manifest.dtype])
 
     @property
     def complete(self) -> bool:
@@ -212,6 +135,18 @@ class Cache:
         inside = index - self._first_instance[part]
         return CachedInstance(self, part, inside)
 
+    def __len__(self) -> int:
+        return self.n_instances
+
+    @overload
+    def __getitem__(self, index: int) -> CachedInstance: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CachedInstance]: ...
+    def __getitem__(self, index: int | slice) -> CachedInstance | list[CachedInstance]:
+        if isinstance(index, slice):
+            return [self.instance(i) for i in range(*index.indices(self.n_instances))]
+        return self.instance(index)
+
     def instances(self) -> Iterator[CachedInstance]:
         """All sequences in order."""
         return (self.instance(index) for index in range(self.n_instances))
@@ -239,8 +174,14 @@ class Cache:
             for part, first in zip(self.parts, self._first_row, strict=False)
             if start < first + part.record.n_tokens and first < stop
         ]
-        stored = np.concatenate(pieces) if pieces else np.empty((0, self.d_in), STORED_DTYPES[self.manifest.dtype])
+        stored = np.concatenate(pieces) if pieces else np.empty((0, self.d_in), self.row_dtype)
         return decode(stored, self.manifest.dtype)
+
+    def to_torch(self, hook_point: str, start: int, stop: int) -> Any:
+        """`residuals` as a float32 torch tensor."""
+        import torch
+
+        return torch.from_numpy(self.residuals(hook_point, start, stop))
 
     def gather(self, hook: str, row_numbers: npt.NDArray[np.int64]) -> Rows:
         """The rows `[n, d_in]` with these numbers, counted over the whole cache, as stored."""
@@ -256,7 +197,7 @@ class Cache:
             if gathered is None:
                 gathered = np.empty((len(row_numbers), self.d_in), values.dtype)
             gathered[group] = values[inside - start]
-        return np.empty((0, self.d_in), STORED_DTYPES[self.manifest.dtype]) if gathered is None else gathered
+        return np.empty((0, self.d_in), self.row_dtype) if gathered is None else gathered
 
     def statistics(self, hook: str) -> Moments:
         """Moments of all rows at `hook`, merged over the parts."""
@@ -264,5 +205,8 @@ class Cache:
 
 
 def open_cache(path: str | PathLike[str]) -> Cache:
-    """Open the cache at `path`; raises `FormatError` if it is none, or of another format version."""
-    return Cache(Path(path))
+    """Open the cache in a folder, or at an address such as `s3://bucket/folder`.
+
+    Raises `FormatError` if it is none, or of another format version; `IntegrityError` if its manifest or log is damaged.
+    """
+    return Cache(open_storage(path))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from fastcache.errors import FormatError, InputError
 
 FORMAT_NAME = "fastcache"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 
 UNIT_ROWS = 256
 """Rows of one inner chunk: the unit of checksums and of shuffling."""
@@ -33,6 +33,9 @@ TOKEN_ARRAYS: dict[str, str] = {
 
 STORED_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 """Logical dtype of residuals -> dtype of the Zarr array."""
+
+ROW_DTYPES: dict[str, str] = {**STORED_DTYPES}
+"""Logical dtype of residuals -> dtype of the rows that readers get; `decode` makes float32 of them."""
 
 _HOOK_POINT = re.compile(r"resid_post\.(0|[1-9][0-9]{0,3})")
 

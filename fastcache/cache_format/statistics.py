@@ -6,6 +6,7 @@ counts are those of all rows, to the width of a bin (a sixteenth of an octave, 4
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,17 @@ LOWEST_OCTAVE, HIGHEST_OCTAVE = -24, 40
 N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
 
 Floats = npt.NDArray[np.float64]
+
+
+def _membership() -> npt.NDArray[np.int64]:
+    """For every token type the groups it is in, one bit each."""
+    types = np.arange(256, dtype=np.uint8)
+    first = (types & TokenType.FIRST_POSITION) != 0
+    masks = [first if group == "first" else select(types, group) for group in GROUPS]
+    return sum((mask.astype(np.int64) << g for g, mask in enumerate(masks)), np.zeros(256, np.int64))
+
+
+_MEMBERSHIP = _membership()
 
 
 @dataclass
@@ -39,21 +51,29 @@ class Moments:
         return cls(np.zeros(g, np.int64), zeros, zeros.copy(), np.zeros((g, N_BINS), np.int64), np.zeros(g))
 
     def add(self, residuals: npt.NDArray[np.float32], token_types: npt.NDArray[np.uint8]) -> None:
-        """Take in rows `[n, d_in]` with their token types `[n]`."""
-        wide = residuals.astype(np.float64)
-        norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+        """Take in rows `[n, d_in]` with their token types `[n]`.
+
+        Rows that are in the same groups are summed once; the groups' figures are merged from these.
+        """
+        membership = _MEMBERSHIP[token_types]
+        order = np.argsort(membership, kind="stable")
+        wide = residuals[order].astype(np.float64)
+        norms = np.sqrt(np.square(wide).sum(1))  # plain ufuncs: the same bits on every machine
         with np.errstate(divide="ignore"):
             bins = np.floor((np.log2(norms) - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
         bins = np.clip(bins, 0, N_BINS - 1).astype(np.int64)
-        for g, group in enumerate(GROUPS):
-            mask = (token_types & TokenType.FIRST_POSITION) != 0 if group == "first" else select(token_types, group)
-            if not mask.any():
-                continue
-            rows = wide if mask.all() else wide[mask]
+        edges = np.append(np.flatnonzero(np.diff(membership[order], prepend=-1)), len(order)).tolist()
+        for start, stop in pairwise(edges):
+            rows = wide[start:stop]
             mean = rows.mean(0)
-            self._merge(g, len(rows), mean, ((rows - mean) ** 2).sum(0))
-            self.norm_counts[g] += np.bincount(bins[mask], minlength=N_BINS)
-            self.norm_sum[g] += norms[mask].sum()
+            deviation = rows - mean
+            squared_deviation = np.square(deviation).sum(0)
+            counts = np.bincount(bins[start:stop], minlength=N_BINS)
+            for g in range(len(GROUPS)):
+                if membership[order[start]] >> g & 1:
+                    self._merge(g, stop - start, mean, squared_deviation)
+                    self.norm_counts[g] += counts
+                    self.norm_sum[g] += norms[start:stop].sum()
 
     def _merge(self, g: int, count: int, mean: Floats, squared_deviation: Floats) -> None:
         """Chan, Golub and LeVeque (1979), equation 2.1."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastcache.cache_format.manifest import Manifest
+from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import STORED_DTYPES, TokenType, hook_point
-from fastcache.cache_format.writer import CacheWriter, Instance
+from fastcache.cache_format.writer import CacheWriter
 from fastcache.config import as_dict
 from fastcache.corpus import Corpus, CorpusRow
 from fastcache.devices import choose_device
@@ -147,18 +148,21 @@ def extract(
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
     if not (out / "manifest.json").exists():
         require_space(out, expected_tokens * row_bytes, f"This cache of about {expected_tokens:,} tokens")
-    with output_directory(out, "extract", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
-        writer = CacheWriter(out, Manifest(job.identity(), versions=versions()))
+    with (
+        output_directory(out, "extract", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh),
+        CacheWriter(out, Manifest(job.identity(), versions=versions())) as writer,
+    ):
         if writer.manifest.state == "complete":
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
-            return Cache(out)
+            return Cache(writer.storage)
         backend = TransformersBackend(source, job.hook_points, job.model_dtype, job.device)
         if config.parity and not writer.manifest.parity:
             writer.manifest.parity = _parity(job, sample, backend, progress)
-            writer.manifest.save(out)
+            writer.manifest.save(writer.storage)
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
             for unit in cut_units(job.items(), config.unit_tokens, config.tokens):
                 _compute(unit, writer, backend, task)
+            writer.drain()
         return _finish(writer, job)
 
 
@@ -178,8 +182,8 @@ def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task
         expected = (unit.n_tokens, len(unit.instances), part_ledger(unit.entries))
         if (record.n_tokens, record.n_instances, record.ledger) != expected:
             raise MismatchError(
-                f"Part {unit.index} of {writer.root} holds other sequences than are made now: a package changed since it was "
-                "begun (run.json has the versions). Go back to these versions, or start over with --fresh."
+                f"Part {unit.index} of {writer.storage.url} holds other sequences than are made now: a package changed "
+                "since it was begun (run.json has the versions). Go back to these versions, or start over with --fresh."
             )
         task.advance(unit.n_tokens, f"unit {unit.index} was there")
         return
@@ -187,7 +191,7 @@ def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task
     for instance in unit.instances:
         part.append(backend.residuals(instance.token_ids))
         task.advance(len(instance.token_ids), f"unit {unit.index}")
-    writer.committed[unit.index] = part.commit(part_ledger(unit.entries))
+    part.commit_soon(part_ledger(unit.entries))
 
 
 def _finish(writer: CacheWriter, job: Job) -> Cache:
@@ -195,7 +199,7 @@ def _finish(writer: CacheWriter, job: Job) -> Cache:
     records = [writer.committed[index] for index in sorted(writer.committed)]
     if not records:
         raise InputError("--tokens leaves no room for a single sequence; nothing was cached.")
-    cache = Cache(writer.root)
+    cache = Cache(writer.storage)
     manifest = writer.manifest
     split = job.config.split
     manifest.ledger = total_ledger((record.ledger for record in records), job.corpus.n_rows(split))
@@ -210,8 +214,8 @@ def _finish(writer: CacheWriter, job: Job) -> Cache:
         "tokens_by_type": _tokens_by_type(cache),
     }
     manifest.state = "complete"
-    manifest.save(writer.root)
-    return Cache(writer.root)
+    manifest.save(writer.storage)
+    return Cache(writer.storage)
 
 
 def _tokens_by_type(cache: Cache) -> dict[str, int]:

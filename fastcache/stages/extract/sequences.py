@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import TokenType
-from fastcache.cache_format.writer import Instance
 from fastcache.corpus import CorpusRow
 from fastcache.errors import InputError
 

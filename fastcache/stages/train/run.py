@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.cache_format.reader import Cache, Rows, open_cache
+from fastcache.cache_format.part import Rows
+from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import UNIT_ROWS
 from fastcache.config import as_dict
 from fastcache.devices import choose_device

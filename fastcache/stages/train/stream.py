@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastcache.cache_format.reader import Cache, Rows
-from fastcache.cache_format.schema import STORED_DTYPES
+from fastcache.cache_format.part import Rows
+from fastcache.cache_format.reader import Cache
 from fastcache.stages.train.order import Numbers, UnitOrder, mixed_order
 
 
@@ -35,7 +35,7 @@ class MixingBuffer:
         self._cache, self._hook, self._seed = cache, hook, seed
         self._order = mixed_order(cache, capacity, batch_size, seed)
         self._units = UnitStream(cache, hook, seed)
-        self._rows: Rows = np.empty((self._order.capacity, cache.d_in), STORED_DTYPES[cache.manifest.dtype])
+        self._rows: Rows = np.empty((self._order.capacity, cache.d_in), cache.row_dtype)
         self._pending: Rows = self._rows[:0]  # read, but not yet in a slot
 
     def _store(self, slots: Numbers) -> None:
