@@ -1,6 +1,7 @@
 """Stage two: the mixing buffer gives every row once, training learns, logs and resumes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -136,7 +137,6 @@ def test_a_cache_smaller_than_a_batch_is_refused(small_cache, tmp_path):
 
 
 def test_an_unfinished_cache_is_refused(small_cache, tmp_path):
-    import shutil
 
     shutil.copytree(small_cache, tmp_path / "cache")
     edit_manifest(tmp_path / "cache", state="writing")
@@ -144,16 +144,47 @@ def test_an_unfinished_cache_is_refused(small_cache, tmp_path):
         train(config_for(tmp_path / "cache"), tmp_path / "sae", Silent())
 
 
-def test_a_damaged_unit_stops_training_and_is_named(small_cache, tmp_path):
-    import shutil
-
-    shutil.copytree(small_cache, tmp_path / "cache")
-    shard = tmp_path / "cache/parts/00000000/resid_post.1/c/0/0"
+@pytest.fixture
+def damaged_cache(small_cache, tmp_path):
+    """A cache whose first unit has a flipped bit."""
+    shutil.copytree(small_cache, tmp_path / "damaged")
+    shard = tmp_path / "damaged/parts/00000000/resid_post.1/c/0/0"
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
     shard.write_bytes(bytes(data))
+    return tmp_path / "damaged"
+
+
+def test_a_damaged_unit_stops_training_and_is_named(damaged_cache, tmp_path):
     with pytest.raises(IntegrityError, match="unit 0"):
-        train(config_for(tmp_path / "cache"), tmp_path / "sae", Silent())
+        train(config_for(damaged_cache), tmp_path / "sae", Silent())
+
+
+def test_a_damaged_unit_can_be_skipped_and_is_counted(damaged_cache, tmp_path):
+    info = train(config_for(damaged_cache, on_corrupt="skip"), tmp_path / "sae", Silent())
+    assert ["unit 0" in reason for reason in info["skipped_units"]] == [True]
+
+
+def test_an_epoch_without_a_damaged_unit_has_all_other_rows_once(damaged_cache):
+    cache = fastcache.open_cache(damaged_cache)
+    buffer = MixingBuffer(cache, HOOK, 1000, 100, seed=0, on_corrupt="skip")
+    given = np.concatenate([buffer.next_batch()[0] for _ in range(cache.n_tokens // 100)])
+    stop = cache.units()[0, 2]
+    assert (given >= stop).all()
+    assert len(np.unique(given)) == len(given) >= cache.n_tokens - stop - 100
+
+
+@pytest.mark.parametrize("n_before", [0, 3, 11])
+def test_a_stream_that_skips_is_restored_with_the_same_batches(damaged_cache, n_before):
+    cache = fastcache.open_cache(damaged_cache)
+    one, two = (MixingBuffer(cache, HOOK, 600, 100, seed=0, on_corrupt="skip") for _ in range(2))
+    for _ in range(n_before):
+        one.next_batch()
+    two.load_state_dict(*one.state_dict())
+    for _ in range(10):
+        (numbers, rows), (same_numbers, same_rows) = one.next_batch(), two.next_batch()
+        assert np.array_equal(numbers, same_numbers)
+        assert np.array_equal(rows, same_rows)
 
 
 def test_a_batch_of_one_row_trains(small_cache, tmp_path):
@@ -174,7 +205,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_cache, tmp_path)
 
 
 def test_a_moved_cache_can_be_resumed_from(small_cache, tmp_path):
-    import shutil
 
     train(config_for(small_cache, tokens=1000), tmp_path / "sae", Silent())
     shutil.copytree(small_cache, tmp_path / "moved")

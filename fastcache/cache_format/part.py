@@ -130,8 +130,15 @@ class Part:
         native = metadata == residual_metadata((n_rows, d_in), dtype, self._manifest.dtype)
         return ResidualArray(self, hook, (n_rows, d_in), np.dtype(dtype), checksums, native)
 
+    def read_unit(self, hook: str, unit: int, out: Rows, verify: bool = True) -> None:
+        """Fill `out` `[n, d_in]`, contiguous, with the rows of a unit, of which the last one may have fewer than 256.
+
+        Raises `IntegrityError`, which names the unit, if they differ from their checksum.
+        """
+        self.residual_array(hook).read_unit(unit, out, verify)
+
     def rows(self, hook: str, start: int, stop: int, verify: bool = True) -> Rows:
-        """Rows `[stop - start, d_in]` as stored; raises `IntegrityError` if a unit they touch is damaged."""
+        """Rows `[stop - start, d_in]`, before decoding; raises `IntegrityError` if a unit they touch is damaged."""
         array = self.residual_array(hook)
         first, last = start // UNIT_ROWS, -(-stop // UNIT_ROWS)
         n_rows = min(last * UNIT_ROWS, self.record.n_tokens) - first * UNIT_ROWS

@@ -153,12 +153,11 @@ class Cache:
 
     def units(self) -> npt.NDArray[np.int64]:
         """Part, first row and last row + 1, of every unit `[n_units, 3]`: at most `UNIT_ROWS` rows each."""
-        table = [
-            (index, start, min(start + UNIT_ROWS, part.record.n_tokens))
-            for index, part in enumerate(self.parts)
-            for start in range(0, part.record.n_tokens, UNIT_ROWS)
-        ]
-        return np.array(table, np.int64).reshape(-1, 3)
+        n_tokens = np.array([part.record.n_tokens for part in self.parts], np.int64)
+        n_units = -(-n_tokens // UNIT_ROWS)
+        parts = np.repeat(np.arange(len(self.parts)), n_units)
+        starts = (np.arange(len(parts)) - np.repeat(np.cumsum(n_units) - n_units, n_units)) * UNIT_ROWS
+        return np.stack([parts, starts, np.minimum(starts + UNIT_ROWS, n_tokens[parts])], 1)
 
     def first_row(self, part: int) -> int:
         """Number, counted over the whole cache, of the first row of `part`."""

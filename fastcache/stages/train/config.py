@@ -7,7 +7,7 @@ from fastcache.config import option
 
 PAPER_LAMBDA = {"standard": 5.0, "jumprelu": 0.01}
 
-FREE_ON_RESUME = ("cache", "checkpoint_every", "device")
+FREE_ON_RESUME = ("cache", "checkpoint_every", "device", "on_corrupt")
 """Settings that may differ on resume: the cache goes by its fingerprint, so that it may be moved."""
 
 
@@ -42,6 +42,11 @@ class TrainConfig:
     dead_window: int = option(1000, help="A latent is dead when it did not fire for so many steps.", at_least=1)
     seed: int = option(42, help="Seed of weights and shuffle.", at_least=0)
     device: str | None = option(None, help="Device to train on. Default: cuda where there is one, else cpu.")
+    on_corrupt: str = option(
+        "stop",
+        choices=("stop", "skip"),
+        help="At a damaged unit of the cache: stop, or leave its rows out and count them.",
+    )
     checkpoint_every: int = option(5000, help="Steps between checkpoints.", at_least=1)
     log_every: int = option(50, help="Steps between lines of the metrics log.", at_least=1)
 

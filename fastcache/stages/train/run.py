@@ -1,6 +1,7 @@
 """The train stage: batches from the cache go into a trainer; log, checkpoints and the finished SAE go into `out`."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from fastcache.cache_format.part import Rows
 from fastcache.cache_format.reader import Cache, open_cache
-from fastcache.cache_format.schema import UNIT_ROWS
 from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.errors import InputError
@@ -21,7 +21,7 @@ from fastcache.rundir import output_directory, require_space
 from fastcache.sae.storage import INFO_FILE, load_sae, save_sae
 from fastcache.stages.train.checkpoint import load_checkpoint, save_checkpoint
 from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
-from fastcache.stages.train.stream import MixingBuffer, UnitStream
+from fastcache.stages.train.stream import MixingBuffer, read_units
 from fastcache.stages.train.trainer import Trainer
 
 PAPER_TOKENS = 40_960_000
@@ -65,21 +65,26 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
                 "Cache more tokens, or raise --lr (the demo uses 2e-3 for 600 steps)."
             )
         trainer = Trainer(config, cache.d_in, n_steps, device)
-        buffer = MixingBuffer(cache, hook, config.buffer_tokens, config.batch_size, config.seed)
+        buffer = MixingBuffer(cache, hook, config.buffer_tokens, config.batch_size, config.seed, config.on_corrupt)
         if not load_checkpoint(out, trainer, buffer):
-            trainer.initialise(_median_sample(cache, hook, config.seed, device))
+            trainer.initialise(_median_sample(cache, hook, config.seed, device, config.on_corrupt == "skip"))
         _cut_log(out, trainer.step_number)
         _run(trainer, buffer, cache.manifest.dtype, out, progress, device)
         info = _provenance(config, cache, hook, n_steps)
+        if buffer.skipped:
+            info["skipped_units"] = list(buffer.skipped.values())
+            progress.say(
+                f"{len(buffer.skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`."
+            )
         save_sae(out, trainer.sae, info)
     return info
 
 
-def _median_sample(cache: Cache, hook: str, seed: int, device: str) -> Tensor:
+def _median_sample(cache: Cache, hook: str, seed: int, device: str, skip: bool) -> Tensor:
     """Rows of some random units, for the geometric median."""
-    units = UnitStream(cache, hook, seed)
-    n_units = min(MEDIAN_UNITS, -(-cache.n_tokens // UNIT_ROWS))
-    rows = np.concatenate([units.next_unit() for _ in range(n_units)])
+    n_units = min(MEDIAN_UNITS, len(cache.units()))
+    units = islice(read_units(cache, hook, seed, skip=skip), n_units)
+    rows = np.concatenate([read.rows.copy() for read in units if read.error is None])
     return to_tensor(rows, cache.manifest.dtype, device)
 
 

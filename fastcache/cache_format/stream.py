@@ -1,0 +1,84 @@
+"""Units of a cache in any order, read ahead by threads into buffers that are used again and again."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from fastcache.cache_format.part import Rows
+from fastcache.cache_format.reader import Cache
+from fastcache.cache_format.schema import UNIT_ROWS
+from fastcache.errors import IntegrityError
+
+BLOCK_BYTES = 4 * 2**20
+"""Units are handed to a thread by so many bytes at a time: to hand over single small ones would cost more than to read."""
+
+
+class ReadUnit(NamedTuple):
+    """A unit as it comes out of the stream."""
+
+    unit: int
+    """Its number, that of its row in `cache.units()`."""
+    rows: Rows
+    """`[n, d_in]`, before decoding; valid until the next unit is taken."""
+    error: IntegrityError | None
+    """Why it could not be read; `rows` then mean nothing."""
+
+
+class _Block:
+    """Some units being read, one behind the other, into one buffer."""
+
+    def __init__(self, n_units: int, cache: Cache) -> None:
+        self._buffer = np.empty((n_units, UNIT_ROWS, cache.d_in), cache.row_dtype)
+
+    def read(self, cache: Cache, hook: str, units: list[tuple[int, int, int, int]], verify: bool) -> list[ReadUnit]:
+        """Read units, each given as number, part, first row and last row + 1."""
+        found = []
+        for place, (unit, part, start, stop) in enumerate(units):
+            rows, error = self._buffer[place, : stop - start], None
+            try:
+                cache.parts[part].read_unit(hook, start // UNIT_ROWS, rows, verify)
+            except IntegrityError as damage:
+                error = damage
+            found.append(ReadUnit(unit, rows, error))
+        return found
+
+
+def unit_stream(
+    cache: Cache, hook: str, units: Iterable[int], *, n_threads: int = 2, verify: bool = True, skip: bool = False
+) -> Iterator[ReadUnit]:
+    """The units with these numbers, in this order, maybe without end; the threads read `n_threads` + 1 blocks ahead.
+
+    Memory is bounded by (`n_threads` + 2) blocks of about 4 MiB, or of one unit where that is more. A damaged unit raises
+    `IntegrityError` when its turn comes, or with `skip` comes with its error.
+    """
+    hook = cache.require_hook(hook)
+    table = cache.units()
+    unit_bytes = UNIT_ROWS * cache.d_in * cache.row_dtype.itemsize
+    n_units = max(1, BLOCK_BYTES // unit_bytes)
+    numbers = iter(units)
+    free = [_Block(n_units, cache) for _ in range(n_threads + 2)]
+    running: deque[tuple[_Block, Future[list[ReadUnit]]]] = deque()
+    with ThreadPoolExecutor(n_threads, "cache-reader") as pool:
+
+        def read_ahead() -> None:
+            while free and (chosen := list(islice(numbers, n_units))):
+                places = [(unit, *table[unit].tolist()) for unit in chosen]
+                block = free.pop()
+                running.append((block, pool.submit(block.read, cache, hook, places, verify)))
+
+        try:
+            read_ahead()
+            while running:
+                block, future = running.popleft()
+                for read in future.result():
+                    if read.error is not None and not skip:
+                        raise read.error
+                    yield read
+                free.append(block)
+                read_ahead()
+        finally:
+            pool.shutdown(cancel_futures=True)
