@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -90,6 +91,18 @@ class Corpus:
             wanted = pa.array(np.isin(table["row"].to_numpy(), list(rows)))
             counts.update(table["source"].filter(wanted).to_pylist())
         return dict(sorted(counts.items()))
+
+    def source_numbers(self, split: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The source of each of `rows` `[n]`, as a number; raises `InputError` for rows that aren't in the split."""
+        columns = ["row", "source"]
+        tables = [pq.read_table(path, columns=columns) for path in sorted(self.path.glob(f"{split}-*.parquet"))]
+        table = pa.concat_tables([SCHEMA.empty_table().select(columns), *tables]).sort_by("row")
+        there = table["row"].to_numpy()
+        places = np.searchsorted(there, rows)
+        if len(rows) and (not len(there) or (there[np.minimum(places, len(there) - 1)] != rows).any()):
+            raise InputError(f"{self.path} hasn't all the rows that were asked for in the split {split!r}.")
+        sources = table["source"].to_numpy()
+        return np.unique(sources.astype(str), return_inverse=True)[1][places]
 
     def rows(self, split: str) -> Iterator[CorpusRow]:
         """The rows of a split, in order; raises `IntegrityError` at the end if some are missing."""

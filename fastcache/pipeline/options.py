@@ -42,19 +42,28 @@ def _click_option(field: "dataclasses.Field[Any]", kind: Any) -> Decorator:
     return click.option(flag, multiple=multiple, type=shown_type, metavar=metavar, default=None, help=help_text)
 
 
+def field_options(cls: type[Any]) -> Decorator:
+    """Add an option for each field of the settings `cls`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        hints = typing.get_type_hints(cls)
+        for field in reversed(dataclasses.fields(cls)):
+            function = _click_option(field, hints[field.name])(function)
+        return function
+
+    return decorate
+
+
 def settings_options(cls: type[Any]) -> Decorator:
     """Add an option for each field of the settings `cls`, and `--config` and `--set`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        hints = typing.get_type_hints(cls)
         set_help = "Set an option by name. Repeatable."
         function = click.option("--set", "set_", multiple=True, metavar="KEY=VALUE", help=set_help)(function)
         config_help = "Read options from a YAML or JSON file."
         config_type = click.Path(exists=True, dir_okay=False, path_type=Path)
         function = click.option("--config", "config_file", type=config_type, help=config_help)(function)
-        for field in reversed(dataclasses.fields(cls)):
-            function = _click_option(field, hints[field.name])(function)
-        return function
+        return field_options(cls)(function)
 
     return decorate
 

@@ -3,13 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastcache.cache_format.reader import Cache
-from fastcache.cache_format.schema import SPLIT_TITLES
+from fastcache.cache_format.schema import SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS
+from fastcache.corpus import Corpus
 from fastcache.files import read_json, read_json_lines, require_fields
+from fastcache.progress import Progress
+from fastcache.stages.train.config import ShuffleConfig
+from fastcache.stages.train.order import mixed_order
+from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
 
 
 def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -76,6 +82,43 @@ def _norms(hook: str, groups: dict[str, Any]) -> Table:
             count, mean = f"{figures['count']:,}", _figure(figures["norm_mean"], 2)
             table.add_row(SPLIT_TITLES.get(group, group), count, mean, *quantiles, top)
     return table
+
+
+def show_shuffle(
+    console: Console, cache: Cache, config: ShuffleConfig, corpus: Corpus | None, progress: Progress
+) -> None:
+    """Training's order beside a global permutation and sequential reading, and what to do."""
+    order = mixed_order(cache, config.buffer_tokens, config.batch_size, config.seed)
+    instances, groupings = runs_of(cache, corpus)
+    comparison = compare(order, instances, groupings, config.batch_size, config.seed, progress)
+    gigabytes = order.capacity * cache.d_in * np.dtype(STORED_DTYPES[cache.manifest.dtype]).itemsize / 1e9
+    rows = [
+        ("cache", f"{cache.n_tokens:,} tokens in {cache.n_instances:,} sequences"),
+        (
+            "training",
+            f"units of {UNIT_ROWS} rows, buffer of {order.capacity:,} ({gigabytes:,.1f} GB), seed {config.seed}",
+        ),
+        ("measured", f"{comparison.n_measured} batches of {config.batch_size:,} tokens, spread over an epoch"),
+    ]
+    console.print(_facts(f"Shuffle of {cache.path}", rows))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("\norder", no_wrap=True)
+    for header in ("distinct\ninstances", "of\nglobal", "variance\ninflation"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name in comparison.mixed.drift:
+        table.add_column(f"drift by\n{name}", justify="right", no_wrap=True)
+    orders = {
+        "training": comparison.mixed,
+        "global permutation": comparison.permutation,
+        "sequential": comparison.sequential,
+    }
+    for name, quality in orders.items():
+        share = quality.distinct / comparison.permutation.distinct
+        drifts = [_figure(value) for value in quality.drift.values()]
+        table.add_row(name, _figure(quality.distinct, 0), _figure(share, 2), _figure(quality.inflation, 2), *drifts)
+    console.print(table)
+    enough = None if comparison.good else enough_buffer(cache, config, instances, progress)
+    progress.say(verdict(comparison, enough))
 
 
 def show_sae(console: Console, path: Path) -> None:

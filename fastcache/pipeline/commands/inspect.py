@@ -1,32 +1,56 @@
 """`fastcache inspect`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 
+from fastcache.pipeline.options import field_options
+from fastcache.stages.train.config import ShuffleConfig
+
 HELP = """Show what is in a corpus, a cache or a trained SAE.
+
+With --shuffle: how well training would mix a cache. Distinct instances in a batch, variance inflation of a batch mean
+and drift over the cache, beside a global permutation and sequential reading. No residual is read.
 
 \b
 Examples:
   fastcache inspect fastcache-runs/corpus-demo
   fastcache inspect fastcache-runs/cache-demo-fast-train-layer-2
+  fastcache inspect fastcache-runs/cache-demo-fast-train-layer-2 --shuffle --buffer-tokens 50,000
 """
 
 
 @click.command(help=HELP)
 @click.argument("path", type=click.Path(path_type=Path))
-def command(path: Path) -> None:
+@click.option("--shuffle", is_flag=True, help="Measure how well training would mix this cache.")
+@field_options(ShuffleConfig)
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), metavar="DIR",
+    help="With --shuffle: the cache's corpus, to measure drift by source too.",
+)  # fmt: skip
+def command(path: Path, shuffle: bool, corpus: Path | None, **given: Any) -> None:
     """Tell the kind of `path` by its files, and show it."""
     from fastcache.cache_format.reader import open_cache
     from fastcache.cache_format.schema import MANIFEST_FILE
+    from fastcache.config import from_mapping
     from fastcache.corpus import CORPUS_FILE, Corpus
     from fastcache.errors import InputError
     from fastcache.pipeline import show
+    from fastcache.pipeline.console import RichProgress
 
+    settings = {name: value for name, value in given.items() if value is not None}
+    if not shuffle and (settings or corpus):
+        raise InputError("--batch-size, --buffer-tokens, --seed and --corpus go with --shuffle only.")
     console = Console()
-    if (path / MANIFEST_FILE).exists():
+    if (path / MANIFEST_FILE).exists() and shuffle:
+        config = from_mapping(ShuffleConfig, settings, "options")
+        show.show_shuffle(console, open_cache(path), config, Corpus(corpus) if corpus else None, RichProgress(console))
+    elif (path / MANIFEST_FILE).exists():
         show.show_cache(console, open_cache(path))
+    elif shuffle:
+        raise InputError(f"{path} is no cache: it has no manifest.json. --shuffle measures a cache made by `extract`.")
     elif (path / CORPUS_FILE).exists():
         show.show_corpus(console, path, Corpus(path).info)
     elif (path / "run.json").exists():

@@ -60,3 +60,14 @@ class TrainConfig:
         more = ("bandwidth", "threshold", "clip_norm", "buffer_tokens", "seed")
         values = {name: getattr(self, name) for name in (*names, *more)}
         return {**values, "coefficient": self.resolved_coefficient()}
+
+
+@dataclass(frozen=True)
+class ShuffleConfig:
+    """Which batches `fastcache inspect --shuffle` measures."""
+
+    batch_size: int = option(4096, help="With --shuffle: tokens of a batch.", at_least=1)
+    buffer_tokens: int = option(
+        TrainConfig.buffer_tokens, help="With --shuffle: rows of the mixing buffer.", at_least=1
+    )
+    seed: int = option(TrainConfig.seed, help="With --shuffle: seed of the shuffle.", at_least=0)
