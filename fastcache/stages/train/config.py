@@ -38,7 +38,7 @@ class TrainConfig:
     bandwidth: float = option(0.001, help="Kernel bandwidth of the jumprelu gradients.", at_least=1e-12)
     threshold: float = option(0.001, help="Initial threshold of the jumprelu latents.", at_least=1e-12)
     clip_norm: float = option(1.0, help="Largest norm of the gradient; 0 clips nothing.", at_least=0)
-    buffer_tokens: int = option(1_000_000, help="Rows of the mixing buffer.", at_least=1)
+    buffer_tokens: int = option(1_048_576, help="Rows of the mixing buffer.", at_least=1)  # docs/benchmarks/shuffle.md
     dead_window: int = option(1000, help="A latent is dead when it did not fire for so many steps.", at_least=1)
     seed: int = option(42, help="Seed of weights and shuffle.", at_least=0)
     device: str | None = option(None, help="Device to train on. Default: cuda where there is one, else cpu.")
