@@ -32,6 +32,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def new_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What stands in run.json."""
+    return {"command": command, "settings": settings, "versions": versions()}
+
+
 @contextmanager
 def output_directory(
     path: Path,
@@ -70,17 +75,18 @@ def output_directory(
                 f"Another fastcache process is writing to {path}. Wait, or choose another --out."
             ) from error
         if ours:
-            _check_same(path, command, settings, free, fresh)
+            check_same(read_json(path / RUN_FILE), path, command, settings, free, fresh)
         if ours and fresh:
             _clear(path, owned)
         if fresh or not ours:
-            run = {"command": command, "settings": settings, "versions": versions()}
-            write_json_atomic(path / RUN_FILE, run)
+            write_json_atomic(path / RUN_FILE, new_run(command, settings))
         yield
 
 
-def _check_same(path: Path, command: str, settings: dict[str, Any], free: Collection[str], fresh: bool) -> None:
-    run = read_json(path / RUN_FILE)
+def check_same(
+    run: dict[str, Any], path: Path | str, command: str, settings: dict[str, Any], free: Collection[str], fresh: bool
+) -> None:
+    """Raise unless the run.json `run` of the output `path` is of this command with these settings."""
     if run.get("command") != command:
         raise InputError(f"{path} is the output of `fastcache {run.get('command')}`. Choose another --out.")
     found = [line for line in differences(run.get("settings"), settings) if line.partition(":")[0] not in free]

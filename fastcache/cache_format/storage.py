@@ -81,15 +81,20 @@ class LocalStorage:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage`; one `preadv`, straight into the buffer, without the interpreter's lock."""
-        descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            while len(buffer):
-                n = os.preadv(descriptor, [buffer], offset)
-                if not n:
-                    raise IntegrityError(f"{self.root}/{name} ends before byte {offset + len(buffer):,}.")
-                buffer, offset = buffer[n:], offset + n
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                while len(buffer):
+                    n = os.preadv(descriptor, [buffer], offset)
+                    if not n:
+                        raise IntegrityError(f"{self.root}/{name} ends before byte {offset + len(buffer):,}.")
+                    buffer, offset = buffer[n:], offset + n
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if isinstance(error, IntegrityError):
+                raise
+            raise IntegrityError(f"{self.root}/{name} can't be read: {error.strerror}.") from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Storage`."""

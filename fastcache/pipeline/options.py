@@ -68,12 +68,22 @@ def settings_options(cls: type[Any]) -> Decorator:
     return decorate
 
 
-def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--out` and `--fresh`."""
+class _Address(click.Path):
+    """A path, or the address of a bucket."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and "://" in value:
+            return value
+        return super().convert(value, param, ctx)
+
+
+def output_options(function: Callable[..., Any], remote: bool = False) -> Callable[..., Any]:
+    """Add `--out` and `--fresh`; with `remote`, the output may be in a bucket."""
     fresh_help = "Start over: remove what an earlier run left in the output directory."
     function = click.option("--fresh", is_flag=True, help=fresh_help)(function)
     out_help = "Output directory.  [default: named by the settings, below ./fastcache-runs]"
-    return click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help=out_help)(function)
+    kind = _Address(path_type=Path) if remote else click.Path(path_type=Path)
+    return click.option("--out", type=kind, metavar="DIR", help=out_help)(function)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`fastcache extract`."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ Examples:
   fastcache extract --model demo --layer 2 --layer 4
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --split eval
+  fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --out s3://bucket/cache
 """
 
 
 @click.command(help=HELP)
-@output_options
+@partial(output_options, remote=True)
 @settings_options(ExtractConfig)
-def command(out: Path | None, fresh: bool, **given: Any) -> None:
+def command(out: Path | str | None, fresh: bool, **given: Any) -> None:
     """Run the extract stage."""
     config = resolve(ExtractConfig, given)
     console = Console()

@@ -30,15 +30,15 @@ from fastcache.llm.loading import (
 from fastcache.llm.parity import check_parity, reference_residuals, spread
 from fastcache.llm.transformers_backend import TransformersBackend
 from fastcache.progress import Progress, Task
-from fastcache.rundir import output_directory, require_space, versions
-from fastcache.stages.extract.config import FREE_ON_RESUME, ExtractConfig
+from fastcache.rundir import require_space, versions
+from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.ledger import part_ledger, total_ledger
+from fastcache.stages.extract.output import cache_output
 from fastcache.stages.extract.sequences import Item, Tokenize, Unit, block_items, cut_units, fast_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OWNED = ("zarr.json", "manifest.json", "parts.jsonl", "parts")
 SAMPLE = 256
 """Sequences looked at to estimate the size of the job and to choose those of the parity check."""
 
@@ -120,9 +120,9 @@ class Job:
 
 
 def extract(
-    config: ExtractConfig, find_corpus: Callable[[], Path], out: Path, progress: Progress, fresh: bool = False
+    config: ExtractConfig, find_corpus: Callable[[], Path], out: Path | str, progress: Progress, fresh: bool = False
 ) -> Cache:
-    """Fill the cache at `out`, or go on filling it; returns it opened.
+    """Fill the cache at `out`, a folder or an address such as `s3://bucket/folder`, or go on filling it; returns it opened.
 
     `find_corpus` names the corpus directory; it is asked once the model is known to serve, for it may be long at it.
     Everything that can be wrong with the input is found before `out` is touched. Raises `ModelError`, `InputError`,
@@ -146,11 +146,11 @@ def extract(
     tokens_per_row = sum(len(instance.token_ids) for instance in sample) / n_rows
     expected_tokens = min(config.tokens, round(tokens_per_row * job.corpus.n_rows(config.split)))
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
-    if not (out / "manifest.json").exists():
+    if isinstance(out, Path) and not (out / "manifest.json").exists():
         require_space(out, expected_tokens * row_bytes, f"This cache of about {expected_tokens:,} tokens")
     with (
-        output_directory(out, "extract", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh),
-        CacheWriter(out, Manifest(job.identity(), versions=versions())) as writer,
+        cache_output(out, settings, fresh) as storage,
+        CacheWriter(storage, Manifest(job.identity(), versions=versions())) as writer,
     ):
         if writer.manifest.state == "complete":
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
