@@ -52,7 +52,7 @@ def main(dtype: str) -> None:
         part.commit({"stored": len(instances), "truncated": [], "skipped": {}})
     cache = open_cache(root)
     writer.manifest.totals = {"n_parts": 2, "n_tokens": cache.n_tokens, "n_instances": cache.n_instances}
-    writer.manifest.statistics = {hook: cache.statistics(hook).summary() for hook in HOOKS}
+    writer.manifest.statistics = {hook: cache.summary(hook) for hook in HOOKS}
     writer.manifest.state = "complete"
     writer.manifest.save(LocalStorage(root))
 

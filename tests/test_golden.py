@@ -26,7 +26,8 @@ def test_a_golden_cache_holds_what_was_put_in(name):
         assert np.array_equal(instance.token_types, token_types)
         assert instance.corpus_rows == [100 + number]
         for hook in HOOKS:
-            assert np.array_equal(instance.residuals(hook), golden_rows(hook, number, n))
+            loss = 0.06 if name.endswith("int8") else 0  # half a step
+            assert np.abs(instance.residuals(hook) - golden_rows(hook, number, n)).max() <= loss
 
 
 @pytest.mark.parametrize("name", [name for name in CACHES if name.startswith(f"{FORMAT_VERSION}-")])

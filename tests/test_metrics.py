@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_extract
+from conftest import edit_manifest, run_extract
 
 import fastcache
 from fastcache.cache_format.schema import SPLITS, select
@@ -121,8 +121,7 @@ def test_an_unfinished_cache_is_refused(saved, held_out_cache, tmp_path):
     import shutil
 
     shutil.copytree(held_out_cache, tmp_path / "cache")
-    manifest = tmp_path / "cache/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"complete"', '"writing"'))
+    edit_manifest(tmp_path / "cache", state="writing")
     with pytest.raises(InputError, match="not complete"):
         evaluate(EvaluateConfig(sae=(saved(trained_like()),), cache=str(tmp_path / "cache")), Silent())
 

@@ -57,17 +57,17 @@ def small_metadata(shape: tuple[int, ...], dtype: str, attributes: dict[str, Any
     return _metadata(shape, dtype, tuple(max(1, size) for size in shape), [endian, _ZSTD], attributes or {})
 
 
-def residual_metadata(shape: tuple[int, int], dtype: str, logical_dtype: str) -> dict[str, Any]:
+def unit_metadata(shape: tuple[int, int], dtype: str, logical_dtype: str, unit_rows: int = UNIT_ROWS) -> dict[str, Any]:
     """Rows in shards of uncompressed units, the index at the end."""
-    n_rows, d_in = shape
+    n_rows, n_columns = shape
     endian = {"name": "bytes"} if np.dtype(dtype).itemsize == 1 else _BYTES
     sharding = {
-        "chunk_shape": [UNIT_ROWS, d_in],
+        "chunk_shape": [unit_rows, n_columns],
         "codecs": [endian],
         "index_codecs": [_BYTES, {"name": "crc32c"}],
         "index_location": "end",
     }
-    chunk = (shard_rows(n_rows, d_in, np.dtype(dtype).itemsize), d_in)
+    chunk = (shard_rows(n_rows, n_columns, np.dtype(dtype).itemsize, unit_rows), n_columns)
     codecs = [{"name": "sharding_indexed", "configuration": sharding}]
     return _metadata(shape, dtype, chunk, codecs, {"logical_dtype": logical_dtype})
 
@@ -84,15 +84,14 @@ def encode_chunk(values: Array) -> bytes:
 
 def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, where: str) -> Array:
     """A small array from its chunk; raises `IntegrityError`. Nothing is allocated beyond what the shape says."""
-    whole = tuple(max(1, size) for size in shape)  # an empty array still has a chunk of one value
-    values = np.empty(whole, dtype)
+    values = np.empty(shape, dtype)
     try:
-        n = len(Zstd().decode(data, out=values.view(np.uint8).reshape(-1) if values.ndim else values))
+        n = len(Zstd().decode(data, out=values.reshape(-1).view(np.uint8)))
     except (RuntimeError, ValueError) as error:
         raise IntegrityError(f"{where} can't be decoded ({error}).") from error
     if n != values.nbytes:
         raise IntegrityError(f"{where} holds {n} bytes, expected {values.nbytes}.")
-    return values[tuple(slice(size) for size in shape)]
+    return values
 
 
 def index_bytes(n_units: int, n_slots: int, unit_bytes: int) -> bytes:

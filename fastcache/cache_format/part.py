@@ -3,40 +3,22 @@
 Nothing that a file declares is believed, or allocated for, before it agrees with the log and the manifest.
 """
 
-import math
 import threading
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
-from fastcache.cache_format.arrays import (
-    Index,
-    chunk_name,
-    decode_chunk,
-    parse_index,
-    residual_metadata,
-    small_metadata,
-)
+from fastcache.cache_format.arrays import chunk_name, decode_chunk, small_metadata, unit_metadata
 from fastcache.cache_format.manifest import Manifest, PartRecord
-from fastcache.cache_format.schema import (
-    PARTS_FOLDER,
-    STORED_DTYPES,
-    TOKEN_ARRAYS,
-    UNIT_ROWS,
-    checksum_array,
-    shard_rows,
-)
-from fastcache.cache_format.statistics import Moments
+from fastcache.cache_format.quantize import Int8Array, Scheme, int8_array
+from fastcache.cache_format.schema import PARTS_FOLDER, STORED_DTYPES, TOKEN_ARRAYS, UNIT_ROWS, checksum_array
+from fastcache.cache_format.statistics import GROUPS, Moments
 from fastcache.cache_format.storage import Storage
+from fastcache.cache_format.unit_array import RESTORE, Rows, UnitArray
 from fastcache.errors import FormatError, IntegrityError
 from fastcache.files import parse_json
-
-Rows = npt.NDArray[np.generic]
-
-RESTORE = "Run `fastcache verify` to see all damage, `fastcache repair` to compute it again."
 
 
 class Part:
@@ -48,7 +30,7 @@ class Part:
         self.path = f"{storage.url}/{self.folder}"
         self._storage = storage
         self._manifest = manifest
-        self._residuals: dict[str, ResidualArray] = {}
+        self._residuals: dict[str, UnitArray | Int8Array] = {}
         self._lock = threading.Lock()
 
     @cached_property
@@ -89,11 +71,13 @@ class Part:
         metadata = self._metadata(name)
         found = self._shape(name, metadata, shape, dtype)
         if metadata != small_metadata(found, dtype, metadata.get("attributes")):
-            return self._through_zarr(name)
+            return self.through_zarr(name)
+        if 0 in found:
+            return np.empty(found, dtype)
         data = self._storage.read(f"{self.folder}/{name}/{chunk_name(len(found))}")
         return decode_chunk(data, found, dtype, f"{self.path}/{name}")
 
-    def _through_zarr(self, name: str, selection: Any = ...) -> npt.NDArray[Any]:
+    def through_zarr(self, name: str, selection: Any = ...) -> npt.NDArray[Any]:
         """Values of an array that is laid out otherwise than we do."""
         import zarr
 
@@ -115,20 +99,44 @@ class Part:
                 raise FormatError(f"{self.path}/{name} should rise from 0 to {n} in {count} steps. {RESTORE}")
         return values
 
-    def residual_array(self, hook: str) -> "ResidualArray":
+    def residual_array(self, hook: str) -> UnitArray | Int8Array:
         """The opened array of a hook point."""
         with self._lock:
             if hook not in self._residuals:
                 self._residuals[hook] = self._open_residuals(hook)
             return self._residuals[hook]
 
-    def _open_residuals(self, hook: str) -> "ResidualArray":
-        metadata = self._metadata(hook)
-        dtype = STORED_DTYPES[self._manifest.dtype]
-        n_rows, d_in = self._shape(hook, metadata, (self.record.n_tokens, self._manifest.d_in), dtype)
-        checksums = self.small(checksum_array(hook), (-(-n_rows // UNIT_ROWS),), "uint32")
-        native = metadata == residual_metadata((n_rows, d_in), dtype, self._manifest.dtype)
-        return ResidualArray(self, hook, (n_rows, d_in), np.dtype(dtype), checksums, native)
+    def _open_residuals(self, hook: str) -> UnitArray | Int8Array:
+        dtype, n_rows, d_in = self._manifest.dtype, self.record.n_tokens, self._manifest.d_in
+        rows = self._unit_array(hook, (n_rows, d_in), STORED_DTYPES[dtype], dtype)
+        if dtype != "int8":
+            return rows
+        raw_rows = self.small(int8_array(hook, "raw_rows"), (None,), "int64")
+        if len(raw_rows) and (raw_rows[0] < 0 or raw_rows[-1] >= n_rows or (np.diff(raw_rows) <= 0).any()):
+            raise FormatError(f"{self.path}/{int8_array(hook, 'raw_rows')} should rise within {n_rows} rows. {RESTORE}")
+        scales = self._unit_array(int8_array(hook, "scales"), (n_rows, 1), "float32", "float32")
+        raw = self._unit_array(int8_array(hook, "raw"), (len(raw_rows), d_in), "float32", "float32", unit_rows=1)
+        mean, deviation = (self.small(int8_array(hook, name), (d_in,), "float32") for name in ("mean", "deviation"))
+        return Int8Array(rows, scales, raw, raw_rows, Scheme(mean, deviation, np.inf))
+
+    def _unit_array(
+        self, name: str, shape: tuple[int, int], dtype: str, logical_dtype: str, unit_rows: int = UNIT_ROWS
+    ) -> UnitArray:
+        metadata = self._metadata(name)
+        self._shape(name, metadata, shape, dtype)
+        checksums = self.small(checksum_array(name), (-(-shape[0] // unit_rows),), "uint32")
+        native = metadata == unit_metadata(shape, dtype, logical_dtype, unit_rows)
+        return UnitArray(self, name, shape, dtype, checksums, native, unit_rows)
+
+    def file_size(self, name: str) -> int:
+        """Size in bytes of a file, as the log has it; raises `FormatError` for one that it doesn't list."""
+        if name not in self.record.files:
+            raise FormatError(f"{self.path} has no file {name}. {RESTORE}")
+        return self.record.files[name][0]
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """See `Storage.read_into`."""
+        self._storage.read_into(f"{self.folder}/{name}", offset, buffer)
 
     def read_unit(self, hook: str, unit: int, out: Rows, verify: bool = True) -> None:
         """Fill `out` `[n, d_in]`, contiguous, with the rows of a unit, of which the last one may have fewer than 256.
@@ -148,6 +156,12 @@ class Part:
             array.read_unit(unit, values[place : place + UNIT_ROWS], verify)
         return values[start - first * UNIT_ROWS : stop - first * UNIT_ROWS]
 
+    def squared_error(self, hook: str) -> npt.NDArray[np.float64] | None:
+        """Summed squared error `[g]` of quantised rows by group of tokens; None where nothing was lost but rounding."""
+        if self._manifest.dtype != "int8":
+            return None
+        return self.small(int8_array(hook, "squared_error"), (len(GROUPS),), "float64")
+
     def moments(self, hook: str) -> Moments:
         """The statistics of this part's rows."""
         like = Moments.empty(self._manifest.d_in).arrays()
@@ -157,58 +171,3 @@ class Part:
                 for field, values in like.items()
             }
         )
-
-
-class ResidualArray:
-    """The residuals of a part at one hook point, on disk."""
-
-    def __init__(
-        self,
-        part: Part,
-        hook: str,
-        shape: tuple[int, int],
-        dtype: np.dtype[Any],
-        checksums: npt.NDArray[np.uint32],
-        native: bool,
-    ) -> None:
-        self.dtype = dtype
-        self._part, self._hook = part, hook
-        self._shape = shape
-        self._checksums = checksums.tolist()
-        self._native = native
-        self._unit_bytes = UNIT_ROWS * shape[1] * dtype.itemsize
-        self._units_per_shard = shard_rows(*shape, dtype.itemsize) // UNIT_ROWS
-        self._indices: dict[int, Index] = {}
-
-    def read_unit(self, unit: int, out: Rows, verify: bool = True) -> None:
-        """Fill `out` `[n, d_in]`, contiguous, with the rows of a unit (the last one may have fewer than 256).
-
-        Raises `IntegrityError`, which names the unit, if they differ from their checksum.
-        """
-        if self._native:
-            shard, slot = divmod(unit, self._units_per_shard)
-            offset = int(self._index(shard)[slot])
-            self._part._storage.read_into(self._file(shard), offset, out.data.cast("B"))
-        else:
-            out[...] = self._part._through_zarr(self._hook, slice(unit * UNIT_ROWS, unit * UNIT_ROWS + len(out)))
-        if verify and crc32c(out.data.cast("B")) != self._checksums[unit]:
-            raise IntegrityError(
-                f"{self._part.path}/{self._hook}: unit {unit} (rows {unit * UNIT_ROWS} to "
-                f"{unit * UNIT_ROWS + len(out) - 1}) differs from its checksum: the file is damaged. {RESTORE}"
-            )
-
-    def _file(self, shard: int) -> str:
-        return f"{self._part.folder}/{self._hook}/{chunk_name(2, shard)}"
-
-    def _index(self, shard: int) -> Index:
-        if shard not in self._indices:
-            n_units = math.ceil(self._shape[0] / UNIT_ROWS)
-            mine = min(self._units_per_shard, n_units - shard * self._units_per_shard)
-            size = self._part.record.files[f"{self._hook}/{chunk_name(2, shard)}"][0]
-            data = bytearray(16 * self._units_per_shard + 4)
-            if size < len(data):
-                raise FormatError(f"{self._part.path}/{self._hook}: shard {shard} is too short. {RESTORE}")
-            self._part._storage.read_into(self._file(shard), size - len(data), memoryview(data))
-            where = f"{self._part.path}/{self._hook}, shard {shard},"
-            self._indices[shard] = parse_index(bytes(data), mine, self._unit_bytes, size, where)
-        return self._indices[shard]

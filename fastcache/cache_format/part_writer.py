@@ -2,24 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 
-from fastcache.cache_format.arrays import (
-    chunk_name,
-    encode_chunk,
-    group_metadata,
-    index_bytes,
-    residual_metadata,
-    small_metadata,
-    to_bytes,
-)
+from fastcache.cache_format.arrays import group_metadata, to_bytes
 from fastcache.cache_format.manifest import Manifest
-from fastcache.cache_format.schema import STORED_DTYPES, TOKEN_ARRAYS, UNIT_ROWS, checksum_array, encode, shard_rows
+from fastcache.cache_format.quantize import Int8Writer
+from fastcache.cache_format.schema import STORED_DTYPES, TOKEN_ARRAYS, UNIT_ROWS, encode
 from fastcache.cache_format.statistics import Moments
+from fastcache.cache_format.unit_array import Files, UnitArrayWriter
 from fastcache.errors import FormatError, NonFiniteError
 
 Residuals = npt.NDArray[np.float32]
@@ -36,70 +29,37 @@ class Instance(NamedTuple):
     """Corpus row and first position of each document in the sequence."""
 
 
-class Files:
-    """The files of a part: each one written once; `entries` holds size and crc32c by name."""
+class _PlainWriter:
+    """Writes the rows of one hook point in their dtype."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: dict[str, list[int]] = {}
+    def __init__(self, files: Files, hook: str, shape: tuple[int, int], dtype: str) -> None:
+        self._dtype = dtype
+        self._rows = UnitArrayWriter(files, hook, shape, STORED_DTYPES[dtype], dtype)
+        self.finish, self.close = self._rows.finish, self._rows.close
 
-    def write(self, name: str, data: bytes) -> None:
-        """A whole file."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        self.entries[name] = [len(data), crc32c(data)]
+    @property
+    def n_rows(self) -> int:
+        return self._rows.n_rows
 
-    def small(self, name: str, values: npt.NDArray[Any]) -> None:
-        """A small array, in one compressed chunk."""
-        self.write(f"{name}/zarr.json", to_bytes(small_metadata(values.shape, str(values.dtype))))
-        self.write(f"{name}/{chunk_name(values.ndim)}", encode_chunk(values))
-
-
-class _Shard:
-    """One shard file being written, unit by unit."""
-
-    def __init__(self, files: Files, name: str) -> None:
-        self._files, self._name = files, name
-        path = files.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("wb")
-        self._size = self._crc = self.n_units = 0
-
-    def add(self, unit: memoryview) -> None:
-        self._write(unit)
-        self.n_units += 1
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._size += len(data)
-        self._crc = crc32c(data, self._crc)
-
-    def finish(self, n_slots: int, unit_bytes: int) -> None:
-        self._write(index_bytes(self.n_units, n_slots, unit_bytes))
-        self._file.close()
-        self._files.entries[self._name] = [self._size, self._crc]
-
-    def close(self) -> None:
-        self._file.close()
+    def add(self, unit: Residuals) -> None:
+        self._rows.add(encode(unit, self._dtype))
 
 
 class _ResidualArray:
-    """One residual array being filled in row order, a unit at a time."""
+    """One residual array being filled in row order, a unit at a time, with its statistics."""
 
     def __init__(self, files: Files, name: str, shape: tuple[int, int], dtype: str) -> None:
-        stored = np.dtype(STORED_DTYPES[dtype])
         self.name = name
-        self._files, self._dtype = files, dtype
-        self._n_slots = shard_rows(*shape, stored.itemsize) // UNIT_ROWS
-        files.write(f"{name}/zarr.json", to_bytes(residual_metadata(shape, str(stored), dtype)))
+        self._files = files
+        self._writer = Int8Writer(files, name, shape) if dtype == "int8" else _PlainWriter(files, name, shape, dtype)
         self._rows = np.empty((UNIT_ROWS, shape[1]), np.float32)
         self._types = np.empty(UNIT_ROWS, np.uint8)
         self._filled = 0
-        self._shard: _Shard | None = None
-        self._n_shards = self.n_written = 0
-        self._checksums: list[int] = []
-        self.moments = Moments.empty(shape[1])
+        self._moments = Moments.empty(shape[1])
+
+    @property
+    def n_rows(self) -> int:
+        return self._writer.n_rows
 
     def append(self, residuals: Residuals, token_types: npt.NDArray[np.uint8]) -> None:
         while len(residuals):
@@ -112,39 +72,25 @@ class _ResidualArray:
                 self._flush()
 
     def _flush(self) -> None:
-        rows = self._rows[: self._filled]
-        self.moments.add(rows, self._types[: self._filled])
-        unit = encode(rows, self._dtype)
-        self._checksums.append(crc32c(unit.data.cast("B")))
-        if len(unit) < UNIT_ROWS:  # the last unit is stored in full size
-            unit = np.concatenate([unit, np.zeros((UNIT_ROWS - len(unit), unit.shape[1]), unit.dtype)])
-        if self._shard is None:
-            self._shard = _Shard(self._files, f"{self.name}/{chunk_name(2, self._n_shards)}")
-            self._n_shards += 1
-        self._shard.add(unit.data.cast("B"))
-        if self._shard.n_units == self._n_slots:
-            self._end_shard(unit.nbytes)
-        self.n_written += len(rows)
+        rows, types = self._rows[: self._filled], self._types[: self._filled]
+        self._moments.add(rows, types)
+        if isinstance(self._writer, Int8Writer):
+            self._writer.add(rows, types)
+        else:
+            self._writer.add(rows)
         self._filled = 0
-
-    def _end_shard(self, unit_bytes: int) -> None:
-        if self._shard is not None:
-            self._shard.finish(self._n_slots, unit_bytes)
-            self._shard = None
 
     def finish(self) -> None:
         """Write what is left, the checksums and the statistics."""
         if self._filled:
             self._flush()
-        self._end_shard(UNIT_ROWS * self._rows.shape[1] * np.dtype(STORED_DTYPES[self._dtype]).itemsize)
-        self._files.small(checksum_array(self.name), np.array(self._checksums, np.uint32))
-        for field, values in self.moments.arrays().items():
+        self._writer.finish()
+        for field, values in self._moments.arrays().items():
             self._files.small(f"{self.name}.statistics.{field}", values)
 
     def close(self) -> None:
-        """Let go of the open file, after an error."""
-        if self._shard is not None:
-            self._shard.close()
+        """Let go of open files, after an error."""
+        self._writer.close()
 
 
 class PartBuilder:
@@ -204,7 +150,7 @@ class PartBuilder:
         """Write what is left and check that the part is whole; returns its files."""
         for array in self._arrays:
             array.finish()
-        rows = {array.n_written for array in self._arrays}
+        rows = {array.n_rows for array in self._arrays}
         if self._next != len(self._instances) or rows != {self.n_tokens}:
             raise FormatError(f"A part has {rows} rows, expected {self.n_tokens}.")
         return self.files.entries

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcache.cache_format.manifest import Log, load_manifest
-from fastcache.cache_format.part import RESTORE, Part, Rows
+from fastcache.cache_format.part import Part
 from fastcache.cache_format.schema import ROW_DTYPES, UNIT_ROWS, decode
 from fastcache.cache_format.statistics import Moments, merged
 from fastcache.cache_format.storage import Storage, open_storage
+from fastcache.cache_format.unit_array import RESTORE, Rows
 from fastcache.config import nearest
 from fastcache.errors import InputError, IntegrityError
 
@@ -201,6 +202,11 @@ class Cache:
     def statistics(self, hook: str) -> Moments:
         """Moments of all rows at `hook`, merged over the parts."""
         return merged((part.moments(hook) for part in self.parts), self.d_in)
+
+    def summary(self, hook: str) -> dict[str, Any]:
+        """What the manifest says of the rows at `hook`, by group of tokens."""
+        errors = [error for part in self.parts if (error := part.squared_error(hook)) is not None]
+        return self.statistics(hook).summary(np.sum(errors, 0) if errors else None)
 
 
 def open_cache(path: str | PathLike[str]) -> Cache:

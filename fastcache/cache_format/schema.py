@@ -31,10 +31,10 @@ TOKEN_ARRAYS: dict[str, str] = {
 }
 """Arrays of every part besides the residuals, and their dtypes."""
 
-STORED_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
+STORED_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32", "int8": "int8"}
 """Logical dtype of residuals -> dtype of the Zarr array."""
 
-ROW_DTYPES: dict[str, str] = {**STORED_DTYPES}
+ROW_DTYPES: dict[str, str] = {**STORED_DTYPES, "int8": "float32"}
 """Logical dtype of residuals -> dtype of the rows that readers get; `decode` makes float32 of them."""
 
 _HOOK_POINT = re.compile(r"resid_post\.(0|[1-9][0-9]{0,3})")
@@ -111,11 +111,11 @@ def checksum_array(name: str) -> str:
     return f"{name}.crc32c"
 
 
-def shard_rows(n_rows: int, d_in: int, itemsize: int) -> int:
-    """Rows of one shard: about `SHARD_BYTES`, whole units, not more than the array needs."""
-    wanted = max(1, SHARD_BYTES // (UNIT_ROWS * d_in * itemsize))
-    needed = -(-n_rows // UNIT_ROWS)
-    return UNIT_ROWS * min(wanted, needed)
+def shard_rows(n_rows: int, n_columns: int, itemsize: int, unit_rows: int = UNIT_ROWS) -> int:
+    """Rows of one shard: about `SHARD_BYTES`, whole units, not more than the array needs, at least one unit."""
+    wanted = max(1, SHARD_BYTES // (unit_rows * n_columns * itemsize))
+    needed = max(1, -(-n_rows // unit_rows))
+    return unit_rows * min(wanted, needed)
 
 
 def encode(residuals: npt.NDArray[np.float32], logical_dtype: str) -> npt.NDArray[np.generic]:

@@ -98,8 +98,11 @@ class Moments:
         bin_index = int(np.searchsorted(np.cumsum(counts), q * counts.sum(), side="left"))
         return float(2 ** (LOWEST_OCTAVE + (bin_index + 0.5) / BINS_PER_OCTAVE))
 
-    def summary(self, n_outliers: int = 5) -> dict[str, Any]:
-        """JSON-ready figures per group: count, norm mean and quantiles, variance, the dimensions of largest size."""
+    def summary(self, squared_error: Floats | None = None, n_outliers: int = 5) -> dict[str, Any]:
+        """JSON-ready figures per group: count, norm mean and quantiles, variance, the dimensions of largest size.
+
+        With `squared_error` `[g]`, of rows that were stored with loss, also its share of the variance.
+        """
         figures: dict[str, Any] = {}
         for g, group in enumerate(GROUPS):
             count = int(self.count[g])
@@ -115,6 +118,8 @@ class Moments:
                 "total_variance": float(self.squared_deviation[g].sum() / count),
                 "top_dimensions": [[int(d), float(root_mean_square[d])] for d in top],
             }
+            if squared_error is not None and (deviation := float(self.squared_deviation[g].sum())):
+                figures[group]["quantization_fvu"] = float(squared_error[g]) / deviation
         return figures
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -128,3 +133,9 @@ def merged(moments: Iterable[Moments], d_in: int) -> Moments:
     for one in moments:
         total.merge(one)
     return total
+
+
+def sums_by_group(values: Floats, token_types: npt.NDArray[np.uint8]) -> Floats:
+    """Sums `[g]` of the values `[n]` of tokens of these types `[n]`."""
+    membership = _MEMBERSHIP[token_types]
+    return np.array([values[membership >> g & 1 == 1].sum() for g in range(len(GROUPS))])

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastcache.cache_format.part import Rows
 from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import UNIT_ROWS
+from fastcache.cache_format.unit_array import Rows
 from fastcache.errors import IntegrityError
 
 BLOCK_BYTES = 4 * 2**20

@@ -29,7 +29,11 @@ class ExtractConfig:
     )
     block_size: int = option(2048, help="Tokens of a block (bt-f, bt-p); at most the model's context.", at_least=1)
     default_system: bool = option(True, help="Keep the system turn that a template adds by itself.")
-    dtype: str = option("bfloat16", choices=("bfloat16", "float16", "float32"), help="Dtype of the cache.")
+    dtype: str = option(
+        "bfloat16",
+        choices=("bfloat16", "float16", "float32", "int8"),
+        help="Dtype of the cache; int8 takes half of the space of bfloat16 and loses about 1e-4 of the variance.",
+    )
     model_dtype: str | None = option(
         None,
         choices=("float32", "bfloat16", "float16"),

@@ -205,7 +205,7 @@ def _finish(writer: CacheWriter, job: Job) -> Cache:
     manifest.ledger = total_ledger((record.ledger for record in records), job.corpus.n_rows(split))
     truncated = {row for record in records for row in record.ledger["truncated"]}
     manifest.ledger["truncated_by_source"] = job.corpus.sources_of(split, truncated)
-    manifest.statistics = {hook: cache.statistics(hook).summary() for hook in manifest.hook_points}
+    manifest.statistics = {hook: cache.summary(hook) for hook in manifest.hook_points}
     manifest.totals = {
         "n_tokens": cache.n_tokens,
         "n_instances": cache.n_instances,

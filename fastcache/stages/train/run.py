@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.cache_format.part import Rows
 from fastcache.cache_format.reader import Cache, open_cache
+from fastcache.cache_format.unit_array import Rows
 from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.errors import InputError

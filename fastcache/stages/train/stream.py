@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fastcache.cache_format.part import Rows
 from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.stream import ReadUnit, unit_stream
+from fastcache.cache_format.unit_array import Rows
 from fastcache.errors import IntegrityError
 from fastcache.stages.train.order import Numbers, UnitOrder, mixed_order
 
