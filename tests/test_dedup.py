@@ -1,16 +1,18 @@
 """Deduplication: equal to the paper's Algorithm 1, written out again as a plain set, on any input and on real sets."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 from corpora import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastcache.stages.prepare.conflicts import GramFile, PairFile, find_pairs, owners, resolve, write_grams
-from fastcache.stages.prepare.ngrams import ngram_hashes
+from fastcache.stages.prepare.conflicts import N_BUCKETS, GramFile, PairFile, find_pairs, owners, resolve, write_grams
+from fastcache.stages.prepare.ngrams import Grams, Turns, ngram_hashes
 from fastcache.stages.prepare.schema import Unusable, to_messages
 
 
@@ -28,17 +30,23 @@ def kept_by_algorithm_1(samples, n, unit):
     return kept
 
 
+def hashed(turns, n, unit):
+    """All n-grams of `turns`; the row of each is the number of its turn."""
+    pieces = ngram_hashes(Turns.of([turn.encode() for turn in turns]), np.arange(len(turns), dtype=np.uint32), n, unit)
+    return Grams(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+
+
 def kept_by_ours(samples, n, unit, folder, chunk, n_ranges, bucket, n_given=0):
     """The same through files: n-grams by chunks, pairs by ranges of hashes, rows by buckets."""
     files = []
     for first in range(0, len(samples), chunk):
         part = samples[first : first + chunk]
-        rows = np.repeat(np.arange(len(part)), [len(sample) for sample in part])
-        grams = ngram_hashes([turn for sample in part for turn in sample], n, unit)
+        rows = np.repeat(np.arange(len(part), dtype=np.uint32), [len(sample) for sample in part])
+        turns = Turns.of([turn.encode() for sample in part for turn in sample])
         files.append(GramFile(folder / f"{first}.grams", first))
-        write_grams(files[-1].path, grams.hashes, grams.checks, rows[grams.turns])
+        write_grams(files[-1].path, list(ngram_hashes(turns, rows, n, unit)))
     pair_files, n_groups = [], 0
-    edges = [2**64 * index // n_ranges for index in range(n_ranges + 1)]
+    edges = [N_BUCKETS * index // n_ranges for index in range(n_ranges + 1)]
     for index in range(n_ranges):
         pairs, count = find_pairs(files, edges[index], edges[index + 1])
         pair_files.append(PairFile(folder / f"{index}.pairs", n_groups))
@@ -48,7 +56,7 @@ def kept_by_ours(samples, n, unit, folder, chunk, n_ranges, bucket, n_given=0):
     return blame, owners(pair_files, blame, bucket)
 
 
-texts = st.text(alphabet="ab \n\u2003\u00fc", max_size=30)
+texts = st.text(alphabet="ab \n\x1c\x85\u2003\u00fc\u20ac", max_size=30)
 turns = st.lists(texts, max_size=3)
 cuts = st.integers(1, 6)
 
@@ -100,8 +108,8 @@ def test_equal_ngrams_and_only_they_have_equal_hashes(turns, n, unit):
     for index, turn in enumerate(turns):
         units = turn.split() if unit == "word" else turn
         expected += [(index, tuple(units[i : i + n])) for i in range(len(units) - n + 1)]
-    grams = ngram_hashes(turns, n, unit)
-    assert grams.turns.tolist() == [index for index, _ in expected]
+    grams = hashed(turns, n, unit)
+    assert grams.rows.tolist() == [index for index, _ in expected]
     hashes = list(zip(grams.hashes.tolist(), grams.checks.tolist(), strict=True))
     assert (
         len(set(hashes))
@@ -112,9 +120,74 @@ def test_equal_ngrams_and_only_they_have_equal_hashes(turns, n, unit):
 
 def test_ngrams_do_not_depend_on_what_else_is_hashed():
     long = " ".join(f"w{i}" for i in range(60_000))  # more than a batch
-    alone = ngram_hashes([long], 20, "word")
-    together = ngram_hashes(["a b c", long, "", "d"], 20, "word")
+    alone = hashed([long], 20, "word")
+    together = hashed(["a b c", long, "", "d"], 20, "word")
     assert np.array_equal(alone.hashes, together.hashes)
+    assert np.array_equal(alone.checks, together.checks)
+
+
+def mixed(x):
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def word_hash(word):
+    """Both hashes of a word in plain Python: the definition in `kernels.py`, written out again."""
+    a = len(word) * 0x9E3779B97F4A7C15 % 2**64
+    b = a ^ (2**64 - 1)
+    pieces = [word[i : i + 8] for i in range(0, len(word), 8)]
+    for piece in [*pieces[:-1], pieces[-1].rjust(8, b"\0")]:
+        x = int.from_bytes(piece, "little")
+        a = (a ^ x) * 0xD6E8FEB86659FD93 % 2**64
+        b = (b + x) * 0xC2B2AE3D27D4EB4F % 2**64
+        a, b = a ^ a >> 32, b ^ b >> 29
+    return mixed(a), mixed(b)
+
+
+def gram_hash(units):
+    """The hash of an n-gram from one hash of each unit: halves of 2^k units are joined, then these to one another."""
+
+    def run(first, length):
+        if length == 1:
+            return units[first]
+        half = length // 2
+        return mixed((run(first, half) * 0x9FB21C651E98DF25 + run(first + half, half)) % 2**64)
+
+    result, covered = None, 0
+    for bit in range(len(units).bit_length()):
+        if len(units) >> bit & 1:
+            mine = run(covered, 1 << bit)
+            result = mine if result is None else mixed((result * 0xA24BAED4963EE407 + mine) % 2**64)
+            covered += 1 << bit
+    return result
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    turn=st.text(alphabet="ab \u00fc\u4e2d\U0001f600", max_size=60), n=st.integers(1, 21),
+    unit=st.sampled_from(["word", "character"]),
+)  # fmt: skip
+def test_compiled_hashes_are_those_of_plain_python(turn, n, unit):
+    units = [word_hash(u.encode()) for u in (turn.split() if unit == "word" else turn)]
+    found = hashed([turn], n, unit)
+    runs = [list(zip(*units[i : i + n], strict=True)) for i in range(len(units) - n + 1)]
+    assert found.hashes.tolist() == [gram_hash(first) for first, _ in runs]
+    assert found.checks.tolist() == [gram_hash(second) >> 32 for _, second in runs]
+
+
+def test_white_space_is_what_python_splits_at():
+    for point in set(range(sys.maxunicode + 1)) - set(range(0xD800, 0xE000)):
+        if point < 0x3100 or point % 97 == 0:
+            text = f"a{chr(point)}b"
+            assert len(hashed([text], 1, "word").hashes) == len(text.split()), hex(point)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 1000])
+def test_long_words_that_differ_anywhere_are_told_apart(length):
+    words = {b"x" * i + b"y" + b"x" * (length - i - 1) for i in range(length)} | {b"x" * length, b"x" * (length + 1)}
+    found = hashed([word.decode() for word in words], 1, "word")
+    assert len(set(found.hashes.tolist())) == len(set(found.checks.tolist())) == len(words)
 
 
 REAL_SETS = ["multi/moss", "multi/glaive_toolcall", "multi/fastchat_dummy_conversation", "multi/topical_chat"]

@@ -14,7 +14,10 @@ from corpora import dialogue, run, write
 
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError, MismatchError
-from fastcache.stages.prepare import dedup, staging
+from fastcache.progress import Silent
+from fastcache.stages.prepare import dedup, reading, staging
+from fastcache.stages.prepare.config import PrepareConfig
+from fastcache.stages.prepare.sources import Source
 
 
 def many_dialogues(count):
@@ -33,7 +36,10 @@ def many_dialogues(count):
 def test_workers_memory_and_chunks_do_not_change_the_corpus(tmp_path, monkeypatch, workers, memory_gib):
     path = write(tmp_path / "rows.jsonl", many_dialogues(600))
     whole, _ = run(tmp_path / "whole", path)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 5000)
     monkeypatch.setattr(staging, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(dedup, "RANGE_GRAMS", 100)
+    monkeypatch.setattr(dedup, "PIECE_GRAMS", 1)
     monkeypatch.setattr(dedup, "SMALL_JOB", 0)  # so that even this is done in processes of their own
     cut, _ = run(tmp_path / "cut", path, workers=workers, memory_gib=memory_gib)
     assert whole["fingerprint"] == cut["fingerprint"]
@@ -120,6 +126,18 @@ def test_preparation_killed_and_resumed_gives_the_same_corpus(tmp_path):
     assert not (tmp_path / "killed/.work").exists()
 
 
+def test_chunks_are_in_order_whichever_of_them_were_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(staging, "CHUNK_ROWS", 100)
+    source = Source("x", write(tmp_path / "rows.jsonl", many_dialogues(600)))
+    config = PrepareConfig(workers=2)
+    whole = staging.stage([source], config, tmp_path / "staged", Silent())
+    assert len(whole) > 4
+    for index in (0, 2):
+        (tmp_path / f"staged/{index:06d}.json").unlink()
+    assert staging.stage([source], config, tmp_path / "staged", Silent()) == whole
+
+
 def test_short_dialogues_are_compared_as_a_whole(tmp_path):
     rows = [dialogue("hi", "ho"), dialogue("hi", "ho"), dialogue("hi", "hu")]
     info, kept = run(tmp_path / "out", write(tmp_path / "rows.jsonl", rows))
@@ -184,9 +202,10 @@ def test_a_mended_file_can_be_prepared_in_the_same_place(tmp_path):
 
 
 def test_a_failure_far_on_keeps_what_was_staged(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 5000)
     monkeypatch.setattr(staging, "CHUNK_ROWS", 100)
     good = write(tmp_path / "a.jsonl", many_dialogues(250))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": 1}' * 1000)[:30])
     with pytest.raises(InputError, match="breaks off"):
         run(tmp_path / "out", good, str(tmp_path / "b.jsonl.gz"), workers=1)
-    assert len(list((tmp_path / "out/.work/staged").glob("*.json"))) >= 1
+    assert len(list((tmp_path / "out/.work/staged").glob("*.json"))) >= 2

@@ -1,68 +1,84 @@
 """Which n-grams stand in more than one row: found range by range of the hashes, so that memory stays bounded.
 
-The staging step leaves one file of n-grams per chunk, sorted by hash. A range of hashes is a slice of each of them; all
-slices of a range together are sorted, and n-grams that two different rows share become a *group*. What is left of billions
+The staging step leaves one file of n-grams per chunk, dealt to buckets by the first bits of their hashes. A range is some
+neighbouring buckets of all the files; n-grams in it that two different rows share become a *group*. What is left of billions
 of n-grams is a list of (row, group): only these rows can be duplicates.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcache.stages.prepare.ngrams import U64
+from fastcache.stages.prepare.kernels import U64, count_buckets, deal, walk
+from fastcache.stages.prepare.ngrams import Grams
 
 GRAM = np.dtype([("hash", "<u8"), ("check", "<u4"), ("row", "<u4")])
 """An n-gram on disk; `row` is the number within the chunk."""
 
+BUCKET_BITS = 12
+N_BUCKETS = 1 << BUCKET_BITS
 PAIR = np.dtype([("row", "<u4"), ("group", "<u4")])
-BYTES_PER_GRAM = 64
-"""Memory that finding the groups takes for each n-gram: the n-gram itself, the sorted one, the order, the masks."""
+BYTES_PER_GRAM = 48
+"""Memory that finding the groups takes for each n-gram: itself, its hash twice, once sorted, and masks."""
 
 
 class GramFile(NamedTuple):
-    """N-grams of one chunk, sorted by hash, and the number of the chunk's first row."""
+    """N-grams of one chunk, by buckets, and the number of the chunk's first row."""
 
     path: Path
     first_row: int
 
 
-def write_grams(path: Path, hashes: U64, checks: npt.NDArray[np.uint32], rows: npt.NDArray[np.int64]) -> None:
-    """Write the n-grams of a chunk, sorted by hash."""
-    grams = np.empty(len(hashes), GRAM)
-    order = np.argsort(hashes)
-    grams["hash"], grams["check"], grams["row"] = hashes[order], checks[order], rows[order]
-    grams.tofile(path)
+def write_grams(path: Path, pieces: Sequence[Grams]) -> None:
+    """Write the n-grams of a chunk: the edges of the buckets, then the n-grams bucket by bucket."""
+    shift = 64 - BUCKET_BITS
+    edges = np.zeros(N_BUCKETS + 1, np.int64)
+    for piece in pieces:
+        count_buckets(piece.hashes, shift, edges[1:])
+    np.cumsum(edges, out=edges)
+    places = edges.copy()
+    grams = np.empty((int(edges[-1]), 2), np.uint64)
+    for piece in pieces:
+        deal(*piece, shift, places, grams)
+    with path.open("wb") as file:
+        edges.tofile(file)
+        grams.tofile(file)
 
 
-def _slice(file: GramFile, low: int, high: int) -> npt.NDArray[np.void]:
-    """The n-grams with low <= hash < high; rows are numbered over all chunks."""
-    if not file.path.stat().st_size:
-        return np.empty(0, GRAM)
-    grams = np.memmap(file.path, GRAM, mode="r")
-    start, stop = (int(np.searchsorted(grams["hash"], np.uint64(min(edge, 2**64 - 1)))) for edge in (low, high))
-    if high >= 2**64:
-        stop = len(grams)
-    found = np.array(grams[start:stop])
-    found["row"] += np.uint32(file.first_row)
+def _tied(hashes: U64) -> npt.NDArray[np.bool_]:
+    """Mask `[m]` that holds all hashes that occur more than once, and few others."""
+    ordered = np.sort(hashes)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    n_bits = max(10, len(twice).bit_length() + 6)  # of 64 places or more at most one is marked
+    mask = np.uint64((1 << n_bits) - 1)
+    marked = np.zeros(1 << n_bits, bool)
+    marked[twice & mask] = True
+    return marked[hashes & mask]
+
+
+def _tied_grams(files: Sequence[GramFile], low: int, high: int) -> npt.NDArray[np.void]:
+    """The n-grams in the buckets low..high - 1 that may stand in two rows; rows are numbered over all chunks."""
+    edges = [np.fromfile(file.path, np.int64, N_BUCKETS + 1) for file in files]
+    counts = [int(edge[high] - edge[low]) for edge in edges]
+    grams = np.empty((sum(counts), 2), np.uint64)
+    ends = np.cumsum(counts)
+    for file, edge, count, end in zip(files, edges, counts, ends.tolist(), strict=True):
+        with file.path.open("rb") as stream:
+            stream.seek(edge.nbytes + int(edge[low]) * GRAM.itemsize)
+            stream.readinto(grams[end - count : end].data)
+    places = np.flatnonzero(_tied(grams[:, 0].copy()))
+    found = grams[places].view(GRAM)[:, 0]
+    found["row"] += np.array([file.first_row for file in files], np.uint32)[np.searchsorted(ends, places, side="right")]
     return found
 
 
 def find_pairs(files: Sequence[GramFile], low: int, high: int) -> tuple[npt.NDArray[np.void], int]:
-    """Pairs `[p]` of row and group, sorted by row, for the n-grams with low <= hash < high; and the number of groups."""
-    grams = np.concatenate([_slice(file, low, high) for file in files])
-    # Most hashes stand alone: only those that don't are worth a sort by all three fields.
-    order = np.argsort(grams["hash"].copy())
-    ordered = grams["hash"][order]
-    equal = ordered[1:] == ordered[:-1]
-    tied = np.zeros(len(grams), bool)
-    tied[1:] |= equal
-    tied[:-1] |= equal
-    grams = grams[order[tied]]
-    grams = grams[np.lexsort((grams["row"], grams["check"], grams["hash"]))]
+    """Pairs `[p]` of row and group, sorted by row, for the n-grams in the buckets low..high - 1; and the number of groups."""
+    grams = _tied_grams(files, low, high)  # few: most n-grams stand alone, and are not worth a sort by both fields
+    grams = grams[np.lexsort((grams["check"], grams["hash"]))]
     starts_group = np.ones(len(grams), bool)
     starts_group[1:] = (grams["hash"][1:] != grams["hash"][:-1]) | (grams["check"][1:] != grams["check"][:-1])
     starts = np.flatnonzero(starts_group)
@@ -107,15 +123,7 @@ def resolve(
             break
         rows, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.argsort(rows, kind="stable")
-        rows, groups = rows[order], groups[order]
-        edges = np.append(np.flatnonzero(np.diff(rows, prepend=-1) != 0), len(rows)).tolist()
-        for start, stop in pairwise(edges):
-            mine = groups[start:stop]
-            taken = owned[mine]
-            if taken.any() and rows[start] >= n_given:
-                blame[rows[start]] = mine[taken.argmax()]
-            else:
-                owned[mine] = True
+        walk(rows[order], groups[order], n_given, owned, blame)
     return blame
 
 

@@ -13,17 +13,33 @@ import numpy.typing as npt
 
 from fastcache.files import read_json, write_json_atomic
 from fastcache.progress import Progress
-from fastcache.stages.prepare.conflicts import BYTES_PER_GRAM, PAIR, GramFile, PairFile, find_pairs, owners, resolve
+from fastcache.stages.prepare.conflicts import (
+    BYTES_PER_GRAM,
+    N_BUCKETS,
+    PAIR,
+    GramFile,
+    PairFile,
+    find_pairs,
+    owners,
+    resolve,
+)
 from fastcache.stages.prepare.staging import Chunk
 from fastcache.workers import process_pool
 
 BUCKET_ROWS = 1 << 18
+RANGE_GRAMS = 1 << 20
+"""N-grams in a range: few, for the processor's caches."""
+
+PIECE_GRAMS = 1 << 12
+"""N-grams that a range should have in each file, even if it grows by that: smaller pieces are slow to read."""
+
+
 SMALL_JOB = 1 << 20
 """N-grams below which starting processes costs more than it gains."""
 
 
 def _range_pairs(files: list[GramFile], low: int, high: int, path: Path) -> None:
-    """Write the pairs of one range of hashes, and the number of its groups."""
+    """Write the pairs of one range of buckets, and the number of its groups."""
     pairs, n_groups = find_pairs(files, low, high)
     temporary = path.with_suffix(".tmp")
     pairs.tofile(temporary)
@@ -42,14 +58,16 @@ def find_repeats(
     firsts = [0, *accumulate(chunk.n_rows for chunk in chunks)]
     files = [GramFile(chunk.grams_path, first) for chunk, first in zip(chunks, firsts, strict=False)]
     n_grams = sum(chunk.n_grams for chunk in chunks)
-    n_ranges = max(1, -(-n_grams * BYTES_PER_GRAM * n_workers // max(memory_bytes // 2, 1)))
-    edges = [2**64 * index // n_ranges for index in range(n_ranges + 1)]
+    wanted = max(RANGE_GRAMS, PIECE_GRAMS * len(files))
+    range_grams = min(wanted, memory_bytes // 2 // BYTES_PER_GRAM // n_workers + 1)
+    n_ranges = min(N_BUCKETS, n_grams // range_grams + 1)
+    edges = [N_BUCKETS * index // n_ranges for index in range(n_ranges + 1)]
     jobs: list[tuple[Any, ...]] = []
     for index in range(n_ranges):
         path = folder / f"{n_ranges}-{index:05d}.pairs"
         jobs.append((files, edges[index], edges[index + 1], path))
     counts: list[int] = []
-    inline = n_grams < SMALL_JOB
+    inline = n_workers == 1 or n_grams < SMALL_JOB
     with (
         progress.task("find shared n-grams", n_ranges, "ranges") as task,
         process_pool(n_workers) as pool,

@@ -52,10 +52,10 @@ class Ledger:
         columns: list[tuple[Any, ...]] = []
         kinds: set[str] = set()
         for chunk in chunks:
-            table = pq.read_table(chunk.rows_path, columns=["source", "source_row", "reason", "whole", "text"])
+            table = chunk.read(["source", "source_row", "reason", "whole", "text"])
             n_texts = chunk.n_rows - table["text"].null_count
             kinds |= ({"text"} if n_texts else set()) | ({"chat"} if table["reason"].null_count > n_texts else set())
-            digests = table["whole"].combine_chunks().fill_null(bytes(12)).to_numpy(zero_copy_only=False).astype("S12")
+            digests = table["whole"].combine_chunks().to_numpy(zero_copy_only=False).astype("S12")
             reasons = _coded(table["reason"].fill_null(KEPT), outcomes)
             columns.append((_coded(table["source"], sources), table["source_row"].to_numpy(), reasons, digests))
         source, source_row, outcome, whole = (np.concatenate(column) for column in zip(*columns, strict=True))

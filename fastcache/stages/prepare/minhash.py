@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from fastcache.progress import Progress
-from fastcache.stages.prepare.ngrams import ngram_hashes
+from fastcache.stages.prepare.ngrams import Turns, ngram_hashes
 from fastcache.stages.prepare.staging import Chunk
 
 SHINGLE_WORDS = 5
@@ -36,7 +35,9 @@ def near_duplicates(
             if not kept[row] or not turns:
                 continue
             short = [" ".join(turn.split()) for turn in turns if len(turn.split()) < SHINGLE_WORDS]
-            hashes = ngram_hashes(turns, SHINGLE_WORDS, "word").hashes.tolist()
+            encoded = Turns.of([turn.encode() for turn in turns])
+            grams = ngram_hashes(encoded, np.zeros(len(turns), np.uint32), SHINGLE_WORDS, "word")
+            hashes = [value for piece in grams for value in piece.hashes.tolist()]
             signature = MinHash(num_perm=PERMUTATIONS)
             signature.update_batch(
                 [value.to_bytes(8, "little") for value in hashes] + [turn.encode() for turn in short]
@@ -52,6 +53,6 @@ def _turns(chunks: list[Chunk]) -> Iterator[tuple[int, list[str]]]:
     """Number and contents, system turns left out, of every staged row."""
     row = 0
     for chunk in chunks:
-        for messages in pq.read_table(chunk.rows_path, columns=["messages"])["messages"].to_pylist():
+        for messages in chunk.read(["messages"])["messages"].to_pylist():
             yield row, [message["content"] for message in messages or () if message["role"] != "system"]
             row += 1

@@ -59,7 +59,7 @@ def write_rows(
     with progress.task("deal rows to shards", len(numbers), "rows") as task:
         start = 0
         for chunk in chunks:
-            table = pq.read_table(chunk.rows_path, columns=["source", "source_row", "messages", "text"])
+            table = chunk.read(["source", "source_row", "messages", "text"])
             mine = numbers[start : start + chunk.n_rows]
             table = table.add_column(0, "row", pa.array(mine)).select(SCHEMA.names)
             shard_of = np.where(mine >= 0, np.searchsorted(firsts, mine, side="right") - 1, -1)

@@ -7,12 +7,19 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 TEXT_COLUMN = "text"
 ANSWER_COLUMNS = ("response", "output", "completion", "answer")
 QUESTION_COLUMNS = ("prompt", "instruction", "question")
+OTHER_COLUMNS = (TEXT_COLUMN, "input", "system")
 ROLES = {
     "system": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
+
+
+def known_columns(names: list[str], column: str | None) -> list[str]:
+    """Those of `names` that `usable` may look at, or if there is none the first, so that rows can still be counted."""
+    wanted = {column} if column else {*CHAT_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *OTHER_COLUMNS}
+    return [name for name in names if name in wanted] or names[:1]
 
 
 class Unusable(Exception):  # noqa: N818 - a verdict on one row, not an error of the program

@@ -1,11 +1,8 @@
-"""Rows from files and from the hub, as plain dictionaries; what can't be read becomes `Malformed`, with its place."""
+"""What `--source` names: files, folders, the known sets, data sets on the hub; how many rows, at which commit."""
 
-import json
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -46,14 +43,6 @@ RECIPES = {"fast-paper": ("wildchat", "infinity-instruct", "tulu-3", "orca-agent
 """The paper's mixture, in the order of its table."""
 
 
-@dataclass(frozen=True)
-class Malformed:
-    """A row that could not be read."""
-
-    reason: str
-    place: str
-
-
 def find_source(text: str) -> Source:
     """The source that `--source text` means: a known name, NAME=PATH, a path, or a data set on the hub."""
     name, equals, place = text.partition("=")
@@ -67,7 +56,7 @@ def stamps(sources: Iterable[Source]) -> dict[str, list[int]]:
     found = {}
     for source in sources:
         path = Path(source.place)
-        for file in [path] if path.is_file() else _files_below(path) if path.is_dir() else []:
+        for file in [path] if path.is_file() else files_below(path) if path.is_dir() else []:
             status = file.stat()
             found[str(file)] = [status.st_size, status.st_mtime_ns]
     return found
@@ -79,10 +68,10 @@ def estimate_rows(source: Source) -> int | None:
     if not path.exists():
         return source.rows
     total = 0.0
-    for file in [path] if path.is_file() else _files_below(path):
+    for file in [path] if path.is_file() else files_below(path):
         if file.suffix == ".parquet":
             total += _parquet_rows(file)
-        elif _inner_suffix(file) == ".jsonl":
+        elif inner_suffix(file) == ".jsonl":
             total += _jsonl_rows(file)
         else:
             return None
@@ -109,101 +98,14 @@ def _jsonl_rows(path: Path) -> float:
         return sample.count(b"\n") * path.stat().st_size / max(stored.tell(), 1)
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and _inner_suffix(path) in SUFFIXES)
-
-
-def read_source(source: Source, split: str) -> Iterator[dict[str, Any] | Malformed]:
-    """The rows of a source, in order. Raises `InputError` if it can't be read."""
-    path = Path(source.place)
-    if path.is_dir():
-        return _read_folder(path, source.name)
-    if path.is_file():
-        return _read_file(path)
-    return _read_hub(source, split)
-
-
-def _inner_suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
-
-
-def _read_folder(folder: Path, name: str) -> Iterator[dict[str, Any] | Malformed]:
+def files_below(folder: Path) -> list[Path]:
     """Every file below `folder` that can be read, in the order of their paths."""
-    paths = _files_below(folder)
-    if not paths:
-        raise InputError(f"--source {name}: the folder {folder} holds no {', '.join(SUFFIXES)} file.")
-    for path in paths:
-        yield from _read_file(path)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and inner_suffix(path) in SUFFIXES)
 
 
-def _read_file(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}
-    if _inner_suffix(path) not in readers:
-        raise InputError(f"{path}: expected a {', '.join(SUFFIXES)} file, perhaps with .gz or .zst.")
-    return readers[_inner_suffix(path)](path)
-
-
-def _open(path: Path) -> Any:
-    return pa.input_stream(str(path), compression=COMPRESSED.get(path.suffix))
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    number = 0
-    try:
-        with _open(path) as file:
-            tail = b""
-            while data := file.read(1 << 20):
-                *lines, tail = (tail + data).split(b"\n")
-                for line in lines:
-                    number += 1
-                    if line.strip():
-                        yield _parse(line, f"{path}:{number}")
-            if tail.strip():
-                yield _parse(tail, f"{path}:{number + 1}")
-    except OSError as error:
-        raise InputError(
-            f"{path} breaks off or is damaged after line {number} ({error}). Fetch it again, or unpack what can be saved."
-        ) from error
-
-
-def _parse(line: bytes, place: str) -> dict[str, Any] | Malformed:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return Malformed("not JSON", place)
-    return row if isinstance(row, dict) else Malformed("not an object", place)
-
-
-def _read_json(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    try:
-        with _open(path) as file:
-            rows = json.loads(file.read())
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is not JSON: {error}. For one row a line, name it .jsonl.") from error
-    if not isinstance(rows, list):
-        raise InputError(f"{path} should hold a JSON array of rows, found {type(rows).__name__}.")
-    for number, row in enumerate(rows):
-        yield row if isinstance(row, dict) else Malformed("not an object", f"{path}[{number}]")
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    import pyarrow.parquet as pq
-
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a readable Parquet file: {error}.") from error
-
-
-def _read_arrow(path: Path) -> Iterator[dict[str, Any] | Malformed]:
-    """The Arrow stream that `datasets` keeps a data set in."""
-    try:
-        with _open(path) as file, pa.ipc.open_stream(file) as batches:
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a readable Arrow stream: {error}.") from error
+def inner_suffix(path: Path) -> str:
+    """The suffix that tells what is in the file, whether compressed or not."""
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
 def is_on_hub(source: Source) -> bool:
@@ -212,26 +114,27 @@ def is_on_hub(source: Source) -> bool:
     if path.exists():
         return False
     hub_name = source.place.count("/") <= 1 and not source.place.startswith((".", "/", "~"))
-    if not hub_name or _inner_suffix(path) in SUFFIXES:
+    if not hub_name or inner_suffix(path) in SUFFIXES:
         raise InputError(f"--source {source.name}: there is no such file: {path}.")
     return True
 
 
 def hub_revisions(sources: Iterable[Source]) -> dict[str, str]:
     """The commit that each data set on the hub is at; raises `InputError` where the hub doesn't tell."""
-    from huggingface_hub import HfApi
-
     found = {}
     for source in sources:
         if is_on_hub(source):
+            from huggingface_hub import HfApi
+
             try:
                 found[source.name] = str(HfApi().dataset_info(source.place).sha)
             except Exception as error:  # of the network, of the hub, of a wrong name
-                raise _no_hub(source, error) from error
+                raise no_hub(source, error) from error
     return found
 
 
-def _no_hub(source: Source, error: Exception) -> InputError:
+def no_hub(source: Source, error: Exception) -> InputError:
+    """The error that says what to do about a data set that the hub didn't give."""
     reason = (str(error).splitlines() or [""])[0][:200]
     return InputError(
         f"--source {source.name}: no file of this name, and the hub could not give the data set {source.place} "
@@ -239,13 +142,3 @@ def _no_hub(source: Source, error: Exception) -> InputError:
         f"https://huggingface.co/datasets/{source.place} and run `hf auth login`; for a local copy, say "
         f"--source {source.name}=PATH."
     )
-
-
-def _read_hub(source: Source, split: str) -> Iterator[dict[str, Any] | Malformed]:
-    from datasets import load_dataset
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's business
-    try:
-        yield from load_dataset(source.place, source.config, split=split, streaming=True, revision=source.revision)
-    except Exception as error:  # datasets raises many kinds, from many libraries
-        raise _no_hub(source, error) from error

@@ -1,51 +1,44 @@
 """The first pass: input rows are read, cleaned and hashed, a chunk at a time, into files that a later run can use again.
 
-A chunk leaves three files: `rows` (Parquet, every input row, cleaned or with the reason why not), `grams` (its n-grams,
-sorted) and `chunk.json`, written last: a chunk with it is done. Where chunks are cut depends on the input alone.
+A chunk leaves three files: `rows` (Arrow, every input row, cleaned or with the reason why not), `grams` (its n-grams, by
+buckets) and `chunk.json`, written last: a chunk with it is done. Where chunks are cut depends on the input alone. This
+process only cuts the input; workers parse it.
 """
 
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fastcache.corpus import MESSAGE
-from fastcache.errors import InputError
-from fastcache.files import canonical_json, read_json, write_json_atomic
+from fastcache.files import read_json, write_json_atomic
 from fastcache.progress import Progress
+from fastcache.stages.prepare.columns import STAGED, SYSTEM, TEXT, CleanRows, Columns
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.conflicts import write_grams
-from fastcache.stages.prepare.ngrams import ngram_hashes
-from fastcache.stages.prepare.schema import Unusable, usable
-from fastcache.stages.prepare.sources import Malformed, Source, estimate_rows, read_source
+from fastcache.stages.prepare.ngrams import Grams, Turns, ngram_hashes
+from fastcache.stages.prepare.reading import Block, read_source
+from fastcache.stages.prepare.sources import Source, estimate_rows
 from fastcache.workers import process_pool
 
 CHUNK_ROWS = 20_000
 CHUNK_BYTES = 16 * 2**20
 
 WORKER_BYTES = 512 * 2**20
-"""Memory that a worker takes for a chunk, with the raw rows that wait for it."""
+"""Memory that a worker takes for a chunk, with the blocks that wait for it."""
 
-STAGED = pa.schema(
-    [
-        ("source", pa.string()),
-        ("source_row", pa.int64()),
-        ("reason", pa.string()),
-        ("whole", pa.binary(12)),
-        ("messages", pa.list_(MESSAGE)),
-        ("text", pa.string()),
-    ]
-)
 
-Row = dict[str, Any]
-RawRow = tuple[str, int, Row | Malformed]
+class Part(NamedTuple):
+    """A block of a chunk: its source, the column to read, and the number of its first row in the source."""
+
+    source: str
+    column: str | None
+    first_row: int
+    block: Block
 
 
 @dataclass(frozen=True)
@@ -59,13 +52,18 @@ class Chunk:
 
     @property
     def rows_path(self) -> Path:
-        """Its rows, Parquet."""
-        return self.folder / f"{self.index:06d}.parquet"
+        """Its rows, `columns.STAGED`, as an Arrow file."""
+        return self.folder / f"{self.index:06d}.arrow"
 
     @property
     def grams_path(self) -> Path:
         """Its n-grams, see `conflicts.GRAM`."""
         return self.folder / f"{self.index:06d}.grams"
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Some columns of its rows, mapped into memory."""
+        with pa.memory_map(str(self.rows_path)) as file:
+            return pa.ipc.open_file(file).read_all().select(columns)
 
 
 def worker_count(config: PrepareConfig) -> int:
@@ -74,78 +72,61 @@ def worker_count(config: PrepareConfig) -> int:
     return max(1, min(wanted, int(config.memory_gib * 2**30) // WORKER_BYTES))
 
 
-def _text_size(value: Any) -> int:
-    """About the bytes of text in a raw row."""
-    if isinstance(value, str):
-        return len(value)
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_text_size, children))
-
-
-def _raw_chunks(sources: list[Source], config: PrepareConfig) -> Iterator[tuple[list[RawRow], bool]]:
-    """Input rows by chunks, and whether the chunk is full: all are but the last."""
-    chunk: list[RawRow] = []
-    size = 0
+def _chunks(sources: list[Source], config: PrepareConfig) -> Iterator[tuple[list[Part], bool]]:
+    """Blocks of the input by chunks, and whether the chunk is full: all are but the last."""
+    chunk: list[Part] = []
+    n_rows = n_bytes = 0
     for source in sources:
-        for number, raw in enumerate(read_source(source, config.split_name)):
-            if config.max_rows and number >= config.max_rows:
-                break
-            chunk.append((source.name, number, raw))
-            size += _text_size(raw)
-            if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+        column = config.column or source.column
+        n_read = 0
+        for block in read_source(source, config.split_name, column):
+            if config.max_rows and n_read + block.n_rows > config.max_rows:
+                taken = block.head(config.max_rows - n_read)
+            else:
+                taken = block
+            chunk.append(Part(source.name, column, n_read, taken))
+            n_read += taken.n_rows
+            n_rows += taken.n_rows
+            n_bytes += taken.n_bytes
+            if n_rows >= CHUNK_ROWS or n_bytes >= CHUNK_BYTES:
                 yield chunk, True
-                chunk, size = [], 0
-    if chunk:
+                chunk, n_rows, n_bytes = [], 0, 0
+            if n_read == config.max_rows > 0:
+                break
+    if n_rows:
         yield chunk, False
 
 
-def _clean(raw: RawRow, config: PrepareConfig, column: str | None) -> Row:
-    """A row of `STAGED`; raises `InputError` for a bad one where that is asked for."""
-    source, number, value = raw
-    row: Row = {"source": source, "source_row": number, "reason": None, "whole": None, "messages": None, "text": None}
-    try:
-        if isinstance(value, Malformed):
-            raise Unusable(value.reason)
-        row |= usable(value, config.column or column, config.alternating, config.max_turn_chars)
-        row["whole"] = blake2b(canonical_json([row["messages"], row["text"]]).encode(), digest_size=12).digest()
-    except Unusable as verdict:
-        if config.strict:
-            place = value.place if isinstance(value, Malformed) else f"{source}, row {number}"
-            raise InputError(f"{place}: {verdict} (--strict). Nothing was written.") from None
-        row["reason"] = str(verdict)
-    return row
+def _cleaned(parts: list[Part], config: PrepareConfig) -> CleanRows:
+    """Raises `InputError` for a bad row where that is asked for."""
+    columns = Columns()
+    for source, column, first_row, block in parts:
+        columns.add(block.rows(), source, first_row, column, config.alternating, config.max_turn_chars, config.strict)
+    return columns.finish()
 
 
-def _hash(rows: list[Row], config: PrepareConfig, texts_too: bool) -> tuple[Any, Any, Any]:
-    """Hashes, checks and row numbers of the n-grams of cleaned rows, and of each row as a whole."""
-    turns: list[str] = []
-    owners: list[int] = []
-    for number, row in enumerate(rows):
-        counted = [m["content"] for m in row["messages"] or () if config.ngram_system or m["role"] != "system"]
-        if texts_too and row["text"]:
-            counted.append(row["text"])
-        turns += [turn.lower() for turn in counted] if config.lowercase else counted
-        owners += [number] * len(counted)
-    grams = ngram_hashes(turns if config.ngram else [], config.ngram or 1, config.unit)
-    whole = [(number, row["whole"]) for number, row in enumerate(rows) if row["whole"] and config.exact]
-    words = np.frombuffer(b"".join(digest for _, digest in whole), np.dtype([("hash", "<u8"), ("check", "<u4")]))
-    numbers = np.array(owners, np.int64)[grams.turns]
-    return (
-        np.concatenate([grams.hashes, words["hash"]]),
-        np.concatenate([grams.checks, words["check"]]),
-        np.concatenate([numbers, np.array([number for number, _ in whole], np.int64)]),
-    )
+def _hashed(rows: CleanRows, config: PrepareConfig, texts_too: bool) -> list[Grams]:
+    """The n-grams of cleaned rows, and each row as a whole."""
+    counted = np.ones(len(rows.codes), bool)
+    if not config.ngram_system:
+        counted &= rows.codes != SYSTEM
+    if not texts_too:
+        counted &= rows.codes != TEXT
+    turns = Turns(rows.turns.data, rows.turns.starts[counted], rows.turns.stops[counted])
+    if config.lowercase:
+        turns = turns.lower()
+    grams = list(ngram_hashes(turns, rows.owners[counted], config.ngram, config.unit)) if config.ngram else []
+    return [*grams, rows.whole] if config.exact else grams
 
 
-def stage_chunk(
-    raw: list[RawRow], index: int, folder: Path, config: PrepareConfig, columns: dict[str, str | None], texts_too: bool
-) -> Chunk:
+def stage_chunk(parts: list[Part], index: int, folder: Path, config: PrepareConfig, texts_too: bool) -> Chunk:
     """Clean, hash and write one chunk."""
-    rows = [_clean(one, config, columns[one[0]]) for one in raw]
-    hashes, checks, numbers = _hash(rows, config, texts_too)
-    chunk = Chunk(folder, index, len(rows), len(hashes))
-    write_grams(chunk.grams_path, hashes, checks, numbers)
-    pq.write_table(pa.Table.from_pylist(rows, schema=STAGED), chunk.rows_path, compression="zstd")
+    rows = _cleaned(parts, config)
+    grams = _hashed(rows, config, texts_too)
+    chunk = Chunk(folder, index, len(rows.n_turns), sum(len(piece.hashes) for piece in grams))
+    write_grams(chunk.grams_path, grams)
+    with pa.ipc.new_file(str(chunk.rows_path), STAGED) as file:
+        file.write_table(rows.table())
     write_json_atomic(folder / f"{index:06d}.json", {"n_rows": chunk.n_rows, "n_grams": chunk.n_grams})
     return chunk
 
@@ -165,7 +146,6 @@ def stage(
     Plain texts give n-grams only with `texts_too`: Algorithm 1 is for dialogues.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {source.name: source.column for source in sources}
     n_workers = worker_count(config)
     chunks: list[Chunk] = []
     running: list[Future[Chunk]] = []
@@ -179,17 +159,18 @@ def stage(
                 chunks.append(running.pop(0).result())
                 task.advance(chunks[-1].n_rows)
 
-        for index, (raw, full) in enumerate(_raw_chunks(sources, config)):
+        for index, (parts, full) in enumerate(_chunks(sources, config)):
             if (folder / f"{index:06d}.json").exists():
                 meta = read_json(folder / f"{index:06d}.json")
                 chunks.append(Chunk(folder, index, meta["n_rows"], meta["n_grams"]))
-                task.advance(len(raw))
-            elif full:
-                running.append(pool.submit(stage_chunk, raw, index, folder, config, columns, texts_too))
+                task.advance(meta["n_rows"])
+            elif full and n_workers > 1:
+                running.append(pool.submit(stage_chunk, parts, index, folder, config, texts_too))
                 collect(n_workers)  # so many wait at most: memory stays bounded
-            else:  # the last one, and for small inputs the only one: not worth a process
+            else:  # the last one, and for small inputs the only one, is not worth a process
                 collect(0)
-                chunks.append(stage_chunk(raw, index, folder, config, columns, texts_too))
-                task.advance(len(raw))
+                chunks.append(stage_chunk(parts, index, folder, config, texts_too))
+                task.advance(chunks[-1].n_rows)
         collect(0)
-    return chunks
+    # An earlier run's chunks were at hand at once, before others that stand before them.
+    return sorted(chunks, key=lambda chunk: chunk.index)
