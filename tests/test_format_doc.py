@@ -70,7 +70,7 @@ def write_cache(root, lengths=(19, 20), dtype="bfloat16", identity=None):
     part = writer.part(0, instances)
     for n in lengths:
         part.append({HOOK: rng.normal(size=(n, D_IN)).astype(np.float32)})
-    writer.committed[0] = part.commit({"stored": len(lengths), "truncated": [8], "skipped": {"no tokens": [7]}})
+    part.commit({"stored": len(lengths), "truncated": [8], "skipped": {"no tokens": [7]}})
     return writer
 
 
@@ -117,6 +117,7 @@ def leaves(value, path=""):
         (r"^(statistics\.<hook>)\.\w+", r"\1.<group>"),
         (r"^(.*\.norm_quantiles)\..*", r"\1.<q>"),
         (r"^versions\..*", "versions.<package>"),
+        (r"^files\..*", "files.<file>"),
         (r"^ledger\.skipped\..*", "ledger.skipped.<reason>"),
         (r"^ledger\.truncated_by_source\..*", "ledger.truncated_by_source.<source>"),
         (r"^totals\.tokens_by_type\..*", "totals.tokens_by_type.<flag>"),
@@ -193,24 +194,29 @@ def test_norm_bins_are_the_codes():
     assert (low, per_octave) == (statistics.LOWEST_OCTAVE, statistics.BINS_PER_OCTAVE)
 
 
+def array_table(dtype):
+    return table("array") + (table("int8 array") if dtype == "int8" else [])
+
+
 @pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_arrays_are_those_of_a_fresh_part(dtype, tmp_path):
     write_cache(tmp_path / "cache", dtype=dtype)
     stored = dict(row[:2] for row in table("logical dtype"))[dtype]
     documented = {
         name.replace("<hook>", HOOK): stored if name == "<hook>" else array_dtype
-        for name, array_dtype, *_ in table("array")
+        for name, array_dtype, *_ in array_table(dtype)
     }
     part = zarr.open_group(tmp_path / "cache" / "parts" / "00000000", mode="r")
     assert documented == {name: str(array.dtype) for name, array in part.arrays()}
 
 
-def test_shapes_are_those_of_a_fresh_part(tmp_path):
-    write_cache(tmp_path / "cache", (300, 20, 30))
-    sizes = {"n_tokens": 350, "n_instances": 3, "n_documents": 3, "d_in": D_IN}
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
+def test_shapes_are_those_of_a_fresh_part(dtype, tmp_path):
+    write_cache(tmp_path / "cache", (300, 20, 30), dtype=dtype)
+    sizes = {"n_tokens": 350, "n_instances": 3, "n_documents": 3, "d_in": D_IN, "n_raw": 0}
     documented = {
         name.replace("<hook>", HOOK): tuple(eval(shape, {"ceil": math.ceil}, sizes))
-        for name, _, shape, _ in table("array")
+        for name, _, shape, _ in array_table(dtype)
     }
     part = zarr.open_group(tmp_path / "cache" / "parts" / "00000000", mode="r")
     assert documented == {name: array.shape for name, array in part.arrays()}
@@ -236,7 +242,8 @@ def test_codecs_are_those_of_a_fresh_part(tmp_path):
 
 def test_manifest_fields_are_those_of_a_finished_run(complete_manifest, tmp_path):
     other = {"identity": job_identity(tmp_path, "bt-p")}
-    assert set(manifest_fields()) == set(leaves(complete_manifest)) | set(leaves(other))
+    lossy = {"statistics.<hook>.<group>.quantization_fvu"}  # test_quantize.py sees it in a manifest
+    assert set(manifest_fields()) == set(leaves(complete_manifest)) | set(leaves(other)) | lossy
 
 
 def test_manifest_types_are_those_of_a_finished_run(complete_manifest):
@@ -253,7 +260,7 @@ def test_log_fields_are_those_of_a_fresh_line(tmp_path):
 
 def test_example_manifest_loads(tmp_path):
     (tmp_path / MANIFEST_FILE).write_text(example("Its `manifest.json`", "json"))
-    assert load_manifest(tmp_path).state == "complete"
+    assert load_manifest(LocalStorage(tmp_path)).state == "complete"
 
 
 def test_example_manifest_has_the_keys_of_a_fresh_one(tmp_path):
