@@ -3,8 +3,10 @@
 Opening reads two small files, whatever the size of the cache; it loads no model, no data set, no torch and no zarr.
 """
 
+import gc
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, cast, overload
 
@@ -64,6 +66,18 @@ class CachedInstance:
         return self._cache.to_torch(hook_point, self.rows.start, self.rows.stop)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Many small objects that all stay: to look for garbage among them again and again takes most of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Cache:
     """A cache opened for reading."""
 
@@ -71,7 +85,8 @@ class Cache:
         self.path = storage.url
         """Folder or address of the cache."""
         self.manifest = load_manifest(storage)
-        self.parts = [Part(storage, record, self.manifest) for record in Log(storage).records]
+        with _no_collection():
+            self.parts = [Part(storage, record, self.manifest) for record in Log(storage).records]
         self._first_instance = np.cumsum([0, *(part.record.n_instances for part in self.parts)]).tolist()
         self._first_row = np.cumsum([0, *(part.record.n_tokens for part in self.parts)]).tolist()
         totals = {"n_parts": len(self.parts), "n_tokens": self.n_tokens, "n_instances": self.n_instances}
