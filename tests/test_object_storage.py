@@ -184,3 +184,24 @@ def test_a_missing_bucket_is_told_without_the_credentials(endpoint, tiny_qwen, c
 def test_an_address_of_no_known_kind_is_told():
     with pytest.raises(InputError, match="no address"):
         fastcache.open_cache("carrier-pigeon://coop/cache")
+
+
+def test_a_cache_in_a_bucket_is_trained_from_and_inspected(bucket, local, tiny_qwen, chat_corpus, tmp_path):
+    from click.testing import CliRunner
+
+    from fastcache.pipeline.cli import cli
+    from fastcache.progress import Silent
+    from fastcache.sae.storage import load_sae
+    from fastcache.stages.train.config import TrainConfig
+    from fastcache.stages.train.run import train
+
+    address = f"{bucket}/cache"
+    run_extract(tiny_qwen, chat_corpus, address)
+    weights = []
+    for name, cache in (("local", str(local)), ("remote", address)):
+        train(TrainConfig(cache=cache, arch="standard", tokens=1280, expansion=2), tmp_path / name, Silent())
+        weights.append(load_sae(tmp_path / name)[0].W_dec.detach().numpy())
+    assert np.array_equal(*weights)
+    result = CliRunner().invoke(cli, ["inspect", address])
+    assert result.exit_code == 0, result.output
+    assert "complete" in result.output

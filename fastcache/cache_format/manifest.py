@@ -5,8 +5,8 @@ what a crash leaves and is cut off by the next writer; a bad line anywhere else 
 """
 
 import re
-from functools import lru_cache
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 

@@ -68,10 +68,11 @@ def settings_options(cls: type[Any]) -> Decorator:
     return decorate
 
 
-class _Address(click.Path):
+class AddressOrPath(click.Path):
     """A path, or the address of a bucket."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Leave an address as it is."""
         if isinstance(value, str) and "://" in value:
             return value
         return super().convert(value, param, ctx)
@@ -82,7 +83,7 @@ def output_options(function: Callable[..., Any], remote: bool = False) -> Callab
     fresh_help = "Start over: remove what an earlier run left in the output directory."
     function = click.option("--fresh", is_flag=True, help=fresh_help)(function)
     out_help = "Output directory.  [default: named by the settings, below ./fastcache-runs]"
-    kind = _Address(path_type=Path) if remote else click.Path(path_type=Path)
+    kind = AddressOrPath(path_type=Path) if remote else click.Path(path_type=Path)
     return click.option("--out", type=kind, metavar="DIR", help=out_help)(function)
 
 

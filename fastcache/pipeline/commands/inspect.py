@@ -6,7 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from fastcache.pipeline.options import field_options
+from fastcache.pipeline.options import AddressOrPath, field_options
 from fastcache.stages.train.config import ShuffleConfig
 
 HELP = """Show what is in a corpus, a cache or a trained SAE.
@@ -19,18 +19,19 @@ Examples:
   fastcache inspect fastcache-runs/corpus-demo
   fastcache inspect fastcache-runs/cache-demo-fast-train-layer-2
   fastcache inspect fastcache-runs/cache-demo-fast-train-layer-2 --shuffle --buffer-tokens 50,000
+  fastcache inspect s3://bucket/cache
 """
 
 
 @click.command(help=HELP)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=AddressOrPath(path_type=Path))
 @click.option("--shuffle", is_flag=True, help="Measure how well training would mix this cache.")
 @field_options(ShuffleConfig)
 @click.option(
     "--corpus", type=click.Path(path_type=Path), metavar="DIR",
     help="With --shuffle: the cache's corpus, to measure drift by source too.",
 )  # fmt: skip
-def command(path: Path, shuffle: bool, corpus: Path | None, **given: Any) -> None:
+def command(path: Path | str, shuffle: bool, corpus: Path | None, **given: Any) -> None:
     """Tell the kind of `path` by its files, and show it."""
     from fastcache.cache_format.reader import open_cache
     from fastcache.cache_format.schema import MANIFEST_FILE
@@ -44,10 +45,11 @@ def command(path: Path, shuffle: bool, corpus: Path | None, **given: Any) -> Non
     if not shuffle and (settings or corpus):
         raise InputError("--batch-size, --buffer-tokens, --seed and --corpus go with --shuffle only.")
     console = Console()
-    if (path / MANIFEST_FILE).exists() and shuffle:
+    is_cache = isinstance(path, str) or (path / MANIFEST_FILE).exists()  # only caches lie in buckets
+    if is_cache and shuffle:
         config = from_mapping(ShuffleConfig, settings, "options")
         show.show_shuffle(console, open_cache(path), config, Corpus(corpus) if corpus else None, RichProgress(console))
-    elif (path / MANIFEST_FILE).exists():
+    elif isinstance(path, str) or is_cache:
         show.show_cache(console, open_cache(path))
     elif shuffle:
         raise InputError(f"{path} is no cache: it has no manifest.json. --shuffle measures a cache made by `extract`.")
