@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_values_equal_a_plain_loop_for_every_instance(tiny_model, chat_corpus, t
 def test_top_layer_is_the_residual_and_not_the_final_norm(tiny_qwen):
     backend = TransformersBackend(ModelSource(str(tiny_qwen)), ["resid_post.1"], "float32", "cpu")
     ids = np.arange(20, dtype=np.int32)
-    found = backend.residuals(ids)["resid_post.1"]
+    found = next(backend.residuals([ids]))["resid_post.1"]
     assert np.abs(found - plain_residuals(tiny_qwen, ids, 1)).max() < 1e-5
     root_mean_square = np.sqrt((found**2).mean(1))
     assert np.abs(root_mean_square - 1).min() > 1e-3  # a normed tensor would have 1
@@ -60,7 +61,7 @@ def test_an_instance_does_not_depend_on_its_neighbours(tiny_model, chat_corpus, 
     together = run_extract(tiny_model, chat_corpus, tmp_path / "cache")
     backend = TransformersBackend(ModelSource(str(tiny_model)), ["resid_post.1"], "float32", "cpu")
     for index in (5, 0, 11):
-        alone = backend.residuals(together.instance(index).token_ids)["resid_post.1"]
+        alone = next(backend.residuals([together.instance(index).token_ids]))["resid_post.1"]
         assert np.array_equal(together.instance(index).residuals("resid_post.1"), alone)
 
 
@@ -206,14 +207,12 @@ def test_parity_is_in_the_manifest(small_cache):
 def test_a_backend_that_is_wrong_fails_the_parity_check(tiny_qwen):
     source = ModelSource(str(tiny_qwen))
     reference = reference_residuals(source, ["resid_post.1"])
-    wrong = TransformersBackend(source, ["resid_post.0"], "float32", "cpu")
+    other = TransformersBackend(source, ["resid_post.0"], "float32", "cpu")
+    wrong = SimpleNamespace(
+        residuals=lambda sequences: ({"resid_post.1": r["resid_post.0"]} for r in other.residuals(sequences))
+    )
     with pytest.raises(MismatchError, match="Parity"):
-        check_parity(
-            lambda ids: {"resid_post.1": wrong.residuals(ids)["resid_post.0"]},
-            reference,
-            [np.arange(9, dtype=np.int32)],
-            "float32",
-        )
+        check_parity(wrong, reference, [np.arange(9, dtype=np.int32)], "float32")
 
 
 def test_parity_sequences_span_the_lengths():

@@ -104,7 +104,8 @@ def complete_manifest(tmp_path_factory):
     def ones(token_ids):
         return {HOOK: np.ones((len(token_ids), D_IN))}
 
-    writer.manifest.parity = check_parity(ones, ones, [np.arange(3)], "float32")
+    backend = SimpleNamespace(residuals=lambda sequences: map(ones, sequences))
+    writer.manifest.parity = check_parity(backend, ones, [np.arange(3)], "float32")
     corpus = SimpleNamespace(n_rows=lambda _split: 4, sources_of=lambda _split, rows: {"some-set": len(rows)})
     _finish(writer, SimpleNamespace(config=SimpleNamespace(split="train"), corpus=corpus))
     return json.loads((folder / "cache" / MANIFEST_FILE).read_text())

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.errors import MismatchError
+from fastcache.llm.backend import Backend, Residuals, TokenIds
 from fastcache.llm.loading import ModelSource, decoder_layers, load_base_model
-from fastcache.llm.transformers_backend import Residuals
 
 RELATIVE_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 """Largest relative L2 difference of a sequence, by the dtype that the backend runs in."""
@@ -28,9 +27,7 @@ def spread(lengths: Sequence[int], count: int) -> list[int]:
     return [order[pick] for pick in picks]
 
 
-def reference_residuals(
-    source: ModelSource, hook_points: Sequence[str]
-) -> Callable[[npt.NDArray[np.int32]], Residuals]:
+def reference_residuals(source: ModelSource, hook_points: Sequence[str]) -> Callable[[TokenIds], Residuals]:
     """A function that computes the residuals of one sequence with the plain, whole, float32 model on the CPU."""
     model: Any = load_base_model(source, None, torch.float32, "cpu")
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -42,7 +39,7 @@ def reference_residuals(
     decoder_layers(model, n_layers)[-1].register_forward_hook(keep_last)
 
     @torch.inference_mode()
-    def residuals(token_ids: npt.NDArray[np.int32]) -> Residuals:
+    def residuals(token_ids: TokenIds) -> Residuals:
         ids = torch.from_numpy(token_ids.astype(np.int64))[None]
         states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
         by_layer = {
@@ -54,9 +51,9 @@ def reference_residuals(
 
 
 def check_parity(
-    backend: Callable[[npt.NDArray[np.int32]], Residuals],
-    reference: Callable[[npt.NDArray[np.int32]], Residuals],
-    sequences: Sequence[npt.NDArray[np.int32]],
+    backend: Backend,
+    reference: Callable[[TokenIds], Residuals],
+    sequences: Sequence[TokenIds],
     model_dtype: str,
 ) -> dict[str, Any]:
     """Compare backend and reference; returns the figures for the manifest, by hook point.
@@ -64,8 +61,8 @@ def check_parity(
     Raises `MismatchError` if the relative L2 difference of a sequence is above the limit of the dtype.
     """
     figures: dict[str, Any] = {}
-    for token_ids in sequences:
-        expected, found = reference(token_ids), backend(token_ids)
+    for token_ids, found in zip(sequences, backend.residuals(sequences), strict=True):
+        expected = reference(token_ids)
         for hook in expected:
             absolute = float(np.abs(found[hook] - expected[hook]).max())
             relative = float(np.linalg.norm(found[hook] - expected[hook]) / np.linalg.norm(expected[hook]))

@@ -5,17 +5,15 @@ stream is taken by a hook on the decoder layer: `output_hidden_states` of a mode
 the tensor after the final norm instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastcache.cache_format.schema import layer_of
+from fastcache.llm.backend import Residuals, TokenIds
 from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_base_model, load_config
-
-Residuals = dict[str, npt.NDArray[np.float32]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,9 +39,12 @@ class TransformersBackend:
 
         return hook
 
+    def residuals(self, sequences: Iterable[TokenIds]) -> Iterator[Residuals]:
+        """See `Backend`."""
+        return map(self._residuals, sequences)
+
     @torch.inference_mode()
-    def residuals(self, token_ids: npt.NDArray[np.int32]) -> Residuals:
-        """The residual stream `[n, d_in]` in float32, by hook point, of one sequence of `n` tokens."""
+    def _residuals(self, token_ids: TokenIds) -> Residuals:
         self._model(input_ids=torch.from_numpy(token_ids.astype(np.int64))[None].to(self.device), use_cache=False)
         captured, self._captured = self._captured, {}
         return {name: value[0].float().cpu().numpy() for name, value in captured.items()}

@@ -17,6 +17,7 @@ from fastcache.config import as_dict
 from fastcache.corpus import Corpus, CorpusRow
 from fastcache.devices import choose_device
 from fastcache.errors import InputError, MismatchError
+from fastcache.llm.backend import Backend
 from fastcache.llm.chat import FIXED_DATE, ChatRenderer, text_tokens
 from fastcache.llm.loading import (
     ModelSource,
@@ -166,16 +167,16 @@ def extract(
         return _finish(writer, job)
 
 
-def _parity(job: Job, sample: list[Instance], backend: TransformersBackend, progress: Progress) -> dict[str, Any]:
+def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
     """Figures of the parity check; the reference model is let go with the end of this function."""
     picked = spread([len(instance.token_ids) for instance in sample], job.config.parity)
     progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model ...")
     reference = reference_residuals(job.source, job.hook_points)
     sequences = [sample[index].token_ids for index in picked]
-    return check_parity(backend.residuals, reference, sequences, job.model_dtype)
+    return check_parity(backend, reference, sequences, job.model_dtype)
 
 
-def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task: Task) -> None:
+def _compute(unit: Unit, writer: CacheWriter, backend: Backend, task: Task) -> None:
     """Make the part of `unit` unless it is there already."""
     if unit.index in writer.committed:
         record = writer.committed[unit.index]
@@ -188,8 +189,9 @@ def _compute(unit: Unit, writer: CacheWriter, backend: TransformersBackend, task
         task.advance(unit.n_tokens, f"unit {unit.index} was there")
         return
     part = writer.part(unit.index, unit.instances)
-    for instance in unit.instances:
-        part.append(backend.residuals(instance.token_ids))
+    everything = backend.residuals(instance.token_ids for instance in unit.instances)
+    for instance, residuals in zip(unit.instances, everything, strict=True):
+        part.append(residuals)
         task.advance(len(instance.token_ids), f"unit {unit.index}")
     part.commit_soon(part_ledger(unit.entries))
 

@@ -1,0 +1,23 @@
+"""What runs the model: token ids in, residuals out."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int32]
+Residuals = dict[str, npt.NDArray[np.float32]]
+"""The residual stream `[n, d_in]` of one sequence, by hook point."""
+
+
+class Backend(Protocol):
+    """A loaded model whose residual stream is captured at some hook points."""
+
+    hook_points: list[str]
+
+    def residuals(self, sequences: Iterable[TokenIds]) -> Iterator[Residuals]:
+        """The residuals of each sequence, in order, each as if the model had seen nothing else.
+
+        Takes a bounded number of sequences ahead of what it gives.
+        """
