@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from corpora import run
+from corpora import dialogue, run, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastcache.stages.prepare import kernels
 from fastcache.stages.prepare.conflicts import N_BUCKETS, GramFile, PairFile, find_pairs, owners, resolve, write_grams
 from fastcache.stages.prepare.ngrams import Grams, Turns, ngram_hashes
 from fastcache.stages.prepare.schema import Unusable, to_messages
@@ -188,6 +189,29 @@ def test_long_words_that_differ_anywhere_are_told_apart(length):
     words = {b"x" * i + b"y" + b"x" * (length - i - 1) for i in range(length)} | {b"x" * length, b"x" * (length + 1)}
     found = hashed([word.decode() for word in words], 1, "word")
     assert len(set(found.hashes.tolist())) == len(set(found.checks.tolist())) == len(words)
+
+
+def test_hashes_are_the_same_where_compiled_code_cannot_be_kept(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba_njit(**options)
+
+    numba_njit = kernels.numba.njit
+    monkeypatch.setattr(kernels.numba, "njit", njit)
+    mix = kernels.compiled(kernels._mixed.py_func)
+    assert int(mix(np.uint64(12345))) == mixed(12345)
+
+
+@pytest.mark.parametrize(
+    "text", ["Some Words That Differ In Case Only", "\u00dcber \u0130zmir \u039f\u0394\u039f\u03a3 \u00e9t\u00c9"]
+)
+def test_case_matters_unless_it_is_asked_not_to(tmp_path, text):
+    path = write(
+        tmp_path / "rows.jsonl", [dialogue(f"{text} {i}", "yes") for i in "ab"] + [dialogue(text.lower(), "no")]
+    )
+    assert len(run(tmp_path / "a", path, ngram=4)[1]) == 2
+    assert len(run(tmp_path / "b", path, ngram=4, lowercase=True)[1]) == 1
 
 
 REAL_SETS = ["multi/moss", "multi/glaive_toolcall", "multi/fastchat_dummy_conversation", "multi/topical_chat"]

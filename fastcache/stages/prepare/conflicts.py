@@ -21,7 +21,7 @@ GRAM = np.dtype([("hash", "<u8"), ("check", "<u4"), ("row", "<u4")])
 BUCKET_BITS = 12
 N_BUCKETS = 1 << BUCKET_BITS
 PAIR = np.dtype([("row", "<u4"), ("group", "<u4")])
-BYTES_PER_GRAM = 48
+BYTES_PER_GRAM = 64
 """Memory that finding the groups takes for each n-gram: itself, its hash twice, once sorted, and masks."""
 
 
@@ -52,7 +52,8 @@ def _tied(hashes: U64) -> npt.NDArray[np.bool_]:
     """Mask `[m]` that holds all hashes that occur more than once, and few others."""
     ordered = np.sort(hashes)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    n_bits = max(10, len(twice).bit_length() + 6)  # of 64 places or more at most one is marked
+    # Of 64 places or more at most one is marked; where nearly all hashes are tied, memory stays at 8 bytes a hash.
+    n_bits = min(len(twice).bit_length() + 6, len(hashes).bit_length() + 2)
     mask = np.uint64((1 << n_bits) - 1)
     marked = np.zeros(1 << n_bits, bool)
     marked[twice & mask] = True
@@ -61,13 +62,12 @@ def _tied(hashes: U64) -> npt.NDArray[np.bool_]:
 
 def _tied_grams(files: Sequence[GramFile], low: int, high: int) -> npt.NDArray[np.void]:
     """The n-grams in the buckets low..high - 1 that may stand in two rows; rows are numbered over all chunks."""
-    edges = [np.fromfile(file.path, np.int64, N_BUCKETS + 1) for file in files]
-    counts = [int(edge[high] - edge[low]) for edge in edges]
-    grams = np.empty((sum(counts), 2), np.uint64)
-    ends = np.cumsum(counts)
-    for file, edge, count, end in zip(files, edges, counts, ends.tolist(), strict=True):
+    edges = np.array([np.fromfile(path, np.int64, high - low + 1, offset=8 * low)[[0, -1]] for path, _ in files])
+    ends = np.cumsum(edges[:, 1] - edges[:, 0])
+    grams = np.empty((int(ends[-1]), 2), np.uint64)
+    for file, first, end, count in zip(files, edges[:, 0], ends, np.diff(edges)[:, 0], strict=True):
         with file.path.open("rb") as stream:
-            stream.seek(edge.nbytes + int(edge[low]) * GRAM.itemsize)
+            stream.seek(8 * (N_BUCKETS + 1) + int(first) * GRAM.itemsize)
             stream.readinto(grams[end - count : end].data)
     places = np.flatnonzero(_tied(grams[:, 0].copy()))
     found = grams[places].view(GRAM)[:, 0]

@@ -44,7 +44,7 @@ class Turns(NamedTuple):
     @classmethod
     def of(cls, texts: Sequence[bytes]) -> "Turns":
         """From encoded texts."""
-        data = np.frombuffer(b"".join([*texts, bytes(PADDING)]), np.uint8)
+        data = np.frombuffer(bytearray().join([*texts, bytes(PADDING)]), np.uint8)
         stops = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
         return cls(data, np.append(0, stops[:-1])[: len(texts)], stops)
 
