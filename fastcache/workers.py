@@ -7,8 +7,8 @@ from multiprocessing.connection import wait
 from threading import Thread
 
 
-def _end_with_parent() -> None:
-    """A SIGKILL of the parent gives its workers no word: watch for its end."""
+def end_with_parent() -> None:
+    """End this process with its parent: a SIGKILL of that one gives its workers no word, so watch for its end."""
     parent = parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -22,4 +22,4 @@ def _end_with_parent() -> None:
 
 def process_pool(n_workers: int) -> ProcessPoolExecutor:
     """A pool of fresh processes, which start with the first work."""
-    return ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    return ProcessPoolExecutor(n_workers, mp_context=get_context("spawn"), initializer=end_with_parent)
