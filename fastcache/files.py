@@ -31,11 +31,13 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _check_depth(value: Any, depth: int = 0) -> None:
+def check_depth(value: Any, depth: int = 0) -> None:
+    """Raise `ValueError` for what is nested deeper than `MAX_JSON_DEPTH`."""
     if depth > MAX_JSON_DEPTH:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_depth(child, depth + 1)
+        if isinstance(child, (dict, list)):
+            check_depth(child, depth + 1)
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -44,7 +46,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
         decoded = text.decode() if isinstance(text, bytes) else text
         hooks: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_float}
         value = json.loads(decoded, object_pairs_hook=_unique_pairs, **hooks)
-        _check_depth(value)
+        check_depth(value)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not the JSON it should be: {error}.") from error
     return value

@@ -95,7 +95,7 @@ def job_identity(folder, method):
 def complete_manifest(tmp_path_factory):
     """The manifest of a finished extract run, in which only the model's part is played by others."""
     from fastcache.llm.parity import check_parity
-    from fastcache.stages.extract.run import _finish
+    from fastcache.stages.extract.run import finish
 
     folder = tmp_path_factory.mktemp("manifest")
     identity = job_identity(folder, "fast")
@@ -107,7 +107,7 @@ def complete_manifest(tmp_path_factory):
     backend = SimpleNamespace(residuals=lambda sequences: map(ones, sequences))
     writer.manifest.parity = check_parity(backend, ones, [np.arange(3)], "float32")
     corpus = SimpleNamespace(n_rows=lambda _split: 4, sources_of=lambda _split, rows: {"some-set": len(rows)})
-    _finish(writer, SimpleNamespace(config=SimpleNamespace(split="train"), corpus=corpus))
+    finish(writer, SimpleNamespace(config=SimpleNamespace(split="train"), corpus=corpus))
     return json.loads((folder / "cache" / MANIFEST_FILE).read_text())
 
 

@@ -5,6 +5,8 @@ what the format promises and the tests show. An array of another layout is read 
 """
 
 import json
+import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -82,15 +84,29 @@ def encode_chunk(values: Array) -> bytes:
     return bytes(Zstd(level=3, checksum=True).encode(np.ascontiguousarray(values)))
 
 
+def _frame_content_size(data: bytes) -> int | None:
+    """What the header of a zstd frame says of its size when decoded (RFC 8878, 3.1.1.1); None if it doesn't say."""
+    if len(data) < 6 or data[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = data[4]
+    is_single_segment = descriptor >> 5 & 1
+    n_bytes = (is_single_segment, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - is_single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    size = int.from_bytes(data[start : start + n_bytes], "little") + (256 if n_bytes == 2 else 0)
+    return size if n_bytes and len(data) >= start + n_bytes else None
+
+
 def decode_chunk(data: bytes, shape: tuple[int, ...], dtype: str, where: str) -> Array:
-    """A small array from its chunk; raises `IntegrityError`. Nothing is allocated beyond what the shape says."""
+    """A small array from its chunk; raises `IntegrityError`. Nothing is allocated before shape and chunk agree."""
+    n_bytes, found = math.prod(shape) * np.dtype(dtype).itemsize, _frame_content_size(data)
+    if found != n_bytes:  # a shorter one would leave the end of the array as it was in memory
+        holds = "no zstd frame that says its size" if found is None else f"{found:,} bytes"
+        raise IntegrityError(f"{where} holds {holds}, expected {n_bytes:,} bytes.")
     values = np.empty(shape, dtype)
     try:
-        n = len(Zstd().decode(data, out=values.reshape(-1).view(np.uint8)))
+        Zstd().decode(data, out=values.reshape(-1).view(np.uint8))
     except (RuntimeError, ValueError) as error:
         raise IntegrityError(f"{where} can't be decoded ({error}).") from error
-    if n != values.nbytes:
-        raise IntegrityError(f"{where} holds {n} bytes, expected {values.nbytes}.")
     return values
 
 
@@ -117,3 +133,20 @@ def parse_index(data: bytes, n_units: int, unit_bytes: int, shard_bytes: int, wh
     if (index[n_units:] != ABSENT).any():
         raise FormatError(f"The index of {where} has units past the end.")
     return offsets.astype(np.uint64)
+
+
+@lru_cache(64)
+def _extended(n_bytes: int) -> list[list[int]]:
+    """What `n_bytes` of zeros make of each of the four bytes of a crc32c: a checksum is linear in its bits."""
+    zeros = bytes(n_bytes)
+    bits = [crc32c(zeros, 1 << bit) ^ crc32c(zeros) for bit in range(32)]
+    tables = [[0] for _ in range(4)]
+    for bit, value in enumerate(bits):
+        tables[bit // 8] += [entry ^ value for entry in tables[bit // 8]]
+    return tables
+
+
+def join_crc32c(first: int, second: int, n_bytes: int) -> int:
+    """The crc32c of two stretches of bytes from that of each; the second one has `n_bytes`."""
+    a, b, c, d = _extended(n_bytes)
+    return a[first & 255] ^ b[first >> 8 & 255] ^ c[first >> 16 & 255] ^ d[first >> 24] ^ second

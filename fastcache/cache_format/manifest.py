@@ -7,18 +7,18 @@ what a crash leaves and is cut off by the next writer; a bad line anywhere else 
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from crc32c import crc32c
 
 from fastcache.cache_format.schema import FORMAT_NAME, FORMAT_VERSION, LOG_FILE, MANIFEST_FILE, STORED_DTYPES, layer_of
 from fastcache.cache_format.storage import Storage
+from fastcache.cache_format.unit_array import RESTORE
 from fastcache.errors import FormatError, InputError, IntegrityError
-from fastcache.files import canonical_json, parse_json, readable_json
+from fastcache.files import canonical_json, check_depth, parse_json, readable_json
 
-MAX_ROWS = 2**48
+MAX_ROWS, MAX_BYTES = 2**48, 2**62
 STATES = ("writing", "complete")
 
 
@@ -60,6 +60,7 @@ class Manifest:
     ledger: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    format_version: str = FORMAT_VERSION
     files: dict[str, list[int]] = field(default_factory=dict)
     """The metadata files above the parts -> [size in bytes, crc32c]."""
 
@@ -81,12 +82,24 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The file, which ends with a checksum of everything else in it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        content = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **fields}
+        content = {"format": FORMAT_NAME, **fields}
         return readable_json({**content, "checksum": _checksum(content)})
 
     def save(self, storage: Storage) -> None:
         """Write manifest.json atomically."""
         storage.write(MANIFEST_FILE, self.to_bytes())
+
+    def require_writable(self, url: str) -> None:
+        """Raise `FormatError` for a newer minor version: to save its manifest would drop what this version doesn't know."""
+        if _minor(self.format_version) > _minor(FORMAT_VERSION):
+            raise FormatError(
+                f"{url} has cache format {self.format_version}; this fastcache reads it but writes {FORMAT_VERSION}. "
+                "Use the fastcache that began it, or choose another --out."
+            )
+
+
+def _minor(version: str) -> int:
+    return int(version.partition(".")[2])
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -114,12 +127,15 @@ def load_manifest(storage: Storage) -> Manifest:
             "Use a fastcache of that version, or extract the cache again."
         )
     checksum = raw.pop("checksum", None)
-    if checksum != _checksum(raw) and minor > 0:  # 1.0 had none
-        raise IntegrityError(f"{path} differs from its checksum. Restore the file, or extract the cache again.")
+    if checksum != _checksum(raw) and (minor > 0 or checksum is not None):  # 1.0 had none
+        raise IntegrityError(
+            f"{path} differs from its checksum. Restore the file from a copy, or extract the cache again with --fresh: "
+            "it can't be computed from the rest."
+        )
     known = Manifest.__dataclass_fields__
     fields = {name: raw[name] for name in known if name in raw}  # a newer minor version may add names
     for name, value in fields.items():
-        if not isinstance(value, str if name == "state" else dict):
+        if not isinstance(value, str if name in ("state", "format_version") else dict):
             raise FormatError(f"{path}: {name} has the wrong type, {type(value).__name__}.")
     if fields.get("state", "writing") not in STATES:
         raise FormatError(f"{path}: state {fields['state']!r} is not one of {', '.join(STATES)}.")
@@ -159,6 +175,8 @@ def _check_files(files: Any, where: str) -> dict[str, list[int]]:
             raise FormatError(f"{where}: {name!r} is not a path inside the part.")
         if type(entry) is not list or len(entry) != 2 or type(entry[0]) is not int or type(entry[1]) is not int:
             raise FormatError(f"{where}: {name!r} should have [size, crc32c], found {entry!r}.")
+        if not 0 <= entry[0] <= MAX_BYTES or not 0 <= entry[1] < 2**32:
+            raise FormatError(f"{where}: {name!r} should have a size and a crc32c, found {entry!r}.")
     return files
 
 
@@ -173,6 +191,7 @@ def _parse_canonical(text: bytes, where: str) -> Any:
     try:
         value = orjson.loads(text)
         if orjson.dumps(value, option=orjson.OPT_SORT_KEYS) == text:
+            check_depth(value)
             return value
     except (ValueError, TypeError):
         pass  # the strict reader says what is wrong
@@ -187,43 +206,67 @@ def _parse_record(text: bytes, where: str) -> PartRecord:
     return PartRecord(*counts, raw["ledger"], _check_files(raw.get("files"), where))
 
 
-def _split_log(data: bytes) -> tuple[list[PartRecord], int]:
-    """The records of a log, and the length of its good beginning."""
-    records: list[PartRecord] = []
-    position = 0
-    while position < len(data):
-        end = data.find(b"\n", position)
-        if end < 0:
-            break
-        checksum, _, text = data[position:end].partition(b" ")
-        where = f"{LOG_FILE} line {len(records) + 1}"
+class ParsedLog(NamedTuple):
+    """The lines of a log, good and bad."""
+
+    good: list[tuple[bytes, PartRecord]]
+    """In their order in the file."""
+    bad: list[FormatError | IntegrityError]
+    """What is wrong with each line that is corrupt."""
+    is_torn: bool
+    """Whether something follows that a crash may have left."""
+
+
+def parse_log(data: bytes) -> ParsedLog:
+    """Read every line. Never raises; what to do about bad lines is for the caller to say."""
+    good: list[tuple[bytes, PartRecord]] = []
+    bad: list[FormatError | IntegrityError] = []
+    known: set[int] = set()
+    *lines, rest = data.split(b"\n")
+    is_torn = bool(rest)
+    for number, line in enumerate(lines, 1):
+        checksum, _, text = line.partition(b" ")
+        where = f"{LOG_FILE} line {number}"
         if checksum != b"%08x" % crc32c(text):
-            if end + 1 == len(data):
-                break
-            raise IntegrityError(f"{where} differs from its checksum. Restore the file, or extract the cache again.")
-        records.append(_parse_record(text, where))
-        position = end + 1
-    return records, position
+            if number == len(lines) and not rest:
+                is_torn = True
+            else:
+                bad.append(IntegrityError(f"{where} differs from its checksum. {RESTORE}"))
+            continue
+        try:
+            record = _parse_record(text, where)
+        except FormatError as error:
+            bad.append(error)
+            continue
+        if record.index in known:
+            bad.append(FormatError(f"{where}: part {record.index} is listed twice. {RESTORE}"))
+            continue
+        known.add(record.index)
+        good.append((line + b"\n", record))
+    return ParsedLog(good, bad, is_torn)
+
+
+def read_log(storage: Storage) -> bytes:
+    """The bytes of the log; a missing one is empty."""
+    try:
+        return storage.read(LOG_FILE)
+    except FileNotFoundError:
+        return b""
 
 
 class Log:
     """parts.jsonl: its good lines, and the end at which the next one is written."""
 
-    def __init__(self, storage: Storage) -> None:
-        """Raises on a bad line (other than a torn last one) and on a part that is logged twice."""
+    def __init__(self, storage: Storage, *, salvage: bool = False) -> None:
+        """Raises on a bad line (other than a torn last one); with `salvage` bad lines are left out."""
         self._storage = storage
-        try:
-            data = storage.read(LOG_FILE)
-        except FileNotFoundError:
-            data = b""
-        records, length = _split_log(data)
-        self.is_torn = length < len(data)
-        self._good = data[:length]
-        self.records = sorted(records, key=lambda record: record.index)
+        parsed = parse_log(read_log(storage))
+        if parsed.bad and not salvage:
+            raise parsed.bad[0]
+        self.is_torn = parsed.is_torn
+        self._good = b"".join(line for line, _ in parsed.good)
+        self.records = sorted((record for _, record in parsed.good), key=lambda record: record.index)
         """By part."""
-        for before, after in pairwise(self.records):
-            if before.index == after.index:
-                raise FormatError(f"{storage.url}/{LOG_FILE}: part {after.index} is listed twice.")
 
     def append(self, record: PartRecord) -> None:
         """Add a line, durably, in the place of a torn one; now the part exists."""
@@ -233,18 +276,22 @@ class Log:
         self.records.append(record)
 
     def replace(self, record: PartRecord) -> None:
-        """Write the line of a part anew, in the same place, after a repair."""
-        lines = self._good.splitlines(keepends=True)
-        kept = [_line(record) if _parse_line(line).index == record.index else line for line in lines]
-        self._good = b"".join(kept)
+        """After a repair: write the line of a part in the place of its old one, or if that is lost, by its index."""
+        lines = parse_log(self._good).good
+        indices = [one.index for _, one in lines]
+        if record.index in indices:
+            lines[indices.index(record.index)] = (_line(record), record)
+        else:
+            lines.insert(sum(index < record.index for index in indices), (_line(record), record))
+        self._good = b"".join(line for line, _ in lines)
+        self.rewrite()
+        self.records = sorted((one for _, one in lines), key=lambda one: one.index)
+
+    def rewrite(self) -> None:
+        """Put the good lines in the place of the file."""
         self._storage.write(LOG_FILE, self._good)
-        self.records = [record if one.index == record.index else one for one in self.records]
 
 
 def _line(record: PartRecord) -> bytes:
     text = canonical_json(record.to_json()).encode()
     return b"%08x %s\n" % (crc32c(text), text)
-
-
-def _parse_line(line: bytes) -> PartRecord:
-    return _parse_record(line[9:], LOG_FILE)

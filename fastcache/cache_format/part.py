@@ -3,6 +3,7 @@
 Nothing that a file declares is believed, or allocated for, before it agrees with the log and the manifest.
 """
 
+import math
 import threading
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,9 @@ from fastcache.cache_format.storage import Storage
 from fastcache.cache_format.unit_array import RESTORE, Rows, UnitArray
 from fastcache.errors import FormatError, IntegrityError
 from fastcache.files import parse_json
+
+MAX_CHUNK = 2**28
+"""Values in the largest chunk that is read through zarr."""
 
 
 class Part:
@@ -74,18 +78,21 @@ class Part:
             return self.through_zarr(name)
         if 0 in found:
             return np.empty(found, dtype)
-        data = self._storage.read(f"{self.folder}/{name}/{chunk_name(len(found))}")
+        chunk = f"{name}/{chunk_name(len(found))}"
+        self.file_size(chunk)  # raises for a file that nobody checks, for the log doesn't list it
+        data = self._storage.read(f"{self.folder}/{chunk}")
         return decode_chunk(data, found, dtype, f"{self.path}/{name}")
 
     def through_zarr(self, name: str, selection: Any = ...) -> npt.NDArray[Any]:
         """Values of an array that is laid out otherwise than we do."""
         import zarr
 
+        _require_sane_chunks(self._metadata(name), f"{self.path}/{name}")
         try:
             array = zarr.open_array(self._storage.zarr_store(f"{self.folder}/{name}"), mode="r")
             return np.asarray(array[selection])
-        except (ValueError, RuntimeError, KeyError) as error:  # what codecs say of bytes that they can't decode
-            raise IntegrityError(f"{self.path}/{name} can't be decoded ({error}). {RESTORE}") from error
+        except Exception as error:  # zarr and its codecs raise anything for what they can't read
+            raise IntegrityError(f"{self.path}/{name} can't be decoded ({error!r}). {RESTORE}") from error
 
     @cached_property
     def tokens(self) -> dict[str, npt.NDArray[Any]]:
@@ -171,3 +178,14 @@ class Part:
                 for field, values in like.items()
             }
         )
+
+
+def _require_sane_chunks(metadata: dict[str, Any], where: str) -> None:
+    """Raise `FormatError` for chunks above `MAX_CHUNK`, or no chunks: zarr allocates a chunk before it looks at it."""
+    try:
+        chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        sane = all(type(size) is int and size > 0 for size in chunk) and math.prod(chunk) <= MAX_CHUNK
+    except (KeyError, TypeError):
+        sane = False
+    if not sane:
+        raise FormatError(f"{where} should have chunks of at most {MAX_CHUNK:,} values. {RESTORE}")

@@ -131,6 +131,10 @@ class Int8Array:
     ) -> None:
         self._rows, self._scales, self._raw, self._raw_rows, self._scheme = rows, scales, raw, raw_rows, scheme
 
+    def unit_arrays(self) -> list[UnitArray]:
+        """The arrays of units that it is made of."""
+        return [self._rows, self._scales, self._raw]
+
     def read_unit(self, unit: int, out: Rows, verify: bool = True) -> None:
         """Fill `out` float32 `[n, d_in]` with the rows of a unit; see `UnitArray.read_unit`."""
         quantised, scales = np.empty(out.shape, np.int8), np.empty((len(out), 1), np.float32)

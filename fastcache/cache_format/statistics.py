@@ -33,6 +33,11 @@ def _membership() -> npt.NDArray[np.int64]:
 _MEMBERSHIP = _membership()
 
 
+def group_counts(type_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Tokens of each group, from how often each token type `[256]` occurs."""
+    return np.array([type_counts[_MEMBERSHIP >> g & 1 == 1].sum() for g in range(len(GROUPS))])
+
+
 @dataclass
 class Moments:
     """Count `[g]`, mean `[g, d_in]`, summed squared deviation `[g, d_in]`, norm counts `[g, N_BINS]`, norm sum `[g]`."""

@@ -6,13 +6,15 @@ behind the interface; so does what object stores need instead (range requests, c
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastcache.errors import FormatError, IntegrityError
+from fastcache.errors import FastcacheError, FormatError, IntegrityError, StorageError
 from fastcache.files import fsync_directory, fsync_tree, write_bytes_atomic
 
 MAX_SMALL_FILE = 256 * 2**20
@@ -74,8 +76,12 @@ class LocalStorage:
     def read(self, name: str, limit: int = MAX_SMALL_FILE) -> bytes:
         """See `Storage`."""
         path = self.root / name
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > limit:
+        # A pipe would be waited for forever without O_NONBLOCK.
+        with _disk_errors(path), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{path} is not a plain file.")
+            if status.st_size > limit:
                 raise FormatError(f"{path} is larger than {limit >> 20} MiB: not a file of fastcache.")
             return file.read()
 
@@ -99,11 +105,12 @@ class LocalStorage:
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Storage`."""
         path = self.root
-        for component in folder.split("/") if folder else ():
-            path /= component
-            if path.is_symlink():
-                raise _link(path)
-        return dict(_walk(str(path), "")) if path.is_dir() else {}
+        with _disk_errors(f"{path}/{folder}"):
+            for component in folder.split("/") if folder else ():
+                path /= component
+                if path.is_symlink():
+                    raise _link(path)
+            return dict(_walk(str(path), "")) if path.is_dir() else {}
 
     def write(self, name: str, data: bytes) -> None:
         """See `Storage`."""
@@ -126,7 +133,7 @@ class LocalStorage:
         """See `Storage`; beside its goal, so that a rename puts it there."""
         folder = self.root / name
         folder = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         folder.mkdir(parents=True)
         return folder
 
@@ -134,20 +141,39 @@ class LocalStorage:
         """See `Storage`."""
         fsync_tree(workspace)
         final = self.root / name
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         workspace.rename(final)
         fsync_directory(final.parent)
 
     def clear_workspaces(self) -> None:
         """See `Storage`."""
-        for leftover in self.root.glob("*/.*.tmp"):
-            shutil.rmtree(leftover)
+        for leftover in [*self.root.glob(".*.tmp"), *self.root.glob("*/.*.tmp")]:
+            _remove(leftover)
 
     def zarr_store(self, folder: str) -> Any:
         """See `Storage`."""
         from zarr.storage import LocalStore
 
         return LocalStore(self.root / folder, read_only=True)
+
+
+@contextmanager
+def _disk_errors(path: Path | str) -> Iterator[None]:
+    """Tell an error of the disk while reading as ours; a missing file stays what it is."""
+    try:
+        yield
+    except (FastcacheError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} can't be read ({error.strerror}). Mend that and repeat the command.") from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _link(path: str | Path) -> IntegrityError:
@@ -161,8 +187,10 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
                 raise _link(entry.path)
             if entry.is_dir():
                 yield from _walk(entry.path, f"{prefix}{entry.name}/")
-            else:
+            elif entry.is_file():
                 yield prefix + entry.name, entry.stat().st_size
+            else:
+                raise IntegrityError(f"{entry.path} is neither a file nor a folder. Restore it from a copy.")
 
 
 def open_storage(place: str | PathLike[str]) -> Storage:

@@ -149,44 +149,51 @@ class UnitArray:
         native: bool,
         unit_rows: int = UNIT_ROWS,
     ) -> None:
-        """`native`: the array is laid out as we do it; otherwise it is read through zarr."""
         self.dtype = np.dtype(dtype)
         self.name = name
-        self._home, self._shape, self._unit_rows = home, shape, unit_rows
-        self._checksums, self._native = checksums, native
-        self._unit_bytes = unit_rows * shape[1] * self.dtype.itemsize
-        self._units_per_shard = shard_rows(*shape, self.dtype.itemsize, unit_rows) // unit_rows
+        self.shape, self.unit_rows, self.checksums = shape, unit_rows, checksums
+        self.native = native
+        """Whether it is laid out as we do it; otherwise it is read through zarr."""
+        self._home = home
+        self.unit_bytes = unit_rows * shape[1] * self.dtype.itemsize
+        self.units_per_shard = shard_rows(*shape, self.dtype.itemsize, unit_rows) // unit_rows
         self._indices: dict[int, Index] = {}
+
+    def unit_arrays(self) -> "list[UnitArray]":
+        """The arrays of units that it is made of: itself."""
+        return [self]
 
     def read_unit(self, unit: int, out: Rows, verify: bool = True) -> None:
         """Fill `out` `[n, columns]`, contiguous, with the rows of a unit, of which the last one may be short.
 
         Raises `IntegrityError`, which names the unit, if they differ from their checksum.
         """
-        first = unit * self._unit_rows
-        if self._native:
-            shard, slot = divmod(unit, self._units_per_shard)
-            self._home.read_into(self._file(shard), int(self._index(shard)[slot]), out.data.cast("B"))
+        first = unit * self.unit_rows
+        if self.native:
+            shard, slot = divmod(unit, self.units_per_shard)
+            self._home.read_into(self.file(shard), int(self.offsets(shard)[slot]), out.data.cast("B"))
         else:
             out[...] = self._home.through_zarr(self.name, slice(first, first + len(out)))
-        if verify and crc32c(out.data.cast("B")) != int(self._checksums[unit]):
+        if verify and crc32c(out.data.cast("B")) != int(self.checksums[unit]):
             raise IntegrityError(
                 f"{self._home.path}/{self.name}: unit {unit} (rows {first} to {first + len(out) - 1}) "
                 f"differs from its checksum: the file is damaged. {RESTORE}"
             )
 
-    def _file(self, shard: int) -> str:
+    def file(self, shard: int) -> str:
+        """Name, in the part, of a shard."""
         return f"{self.name}/{chunk_name(2, shard)}"
 
-    def _index(self, shard: int) -> Index:
+    def offsets(self, shard: int) -> Index:
+        """Offset of each unit in a shard of a native array; raises `IntegrityError`, `FormatError`."""
         if shard not in self._indices:
-            n_units = -(-self._shape[0] // self._unit_rows)
-            mine = min(self._units_per_shard, n_units - shard * self._units_per_shard)
-            size = self._home.file_size(self._file(shard))
-            data = bytearray(16 * self._units_per_shard + 4)
-            where = f"{self._home.path}/{self._file(shard)}"
+            n_units = -(-self.shape[0] // self.unit_rows)
+            mine = min(self.units_per_shard, n_units - shard * self.units_per_shard)
+            size = self._home.file_size(self.file(shard))
+            data = bytearray(16 * self.units_per_shard + 4)
+            where = f"{self._home.path}/{self.file(shard)}"
             if size < len(data):
                 raise FormatError(f"{where} is too short for a shard. {RESTORE}")
-            self._home.read_into(self._file(shard), size - len(data), memoryview(data))
-            self._indices[shard] = parse_index(bytes(data), mine, self._unit_bytes, size, where)
+            self._home.read_into(self.file(shard), size - len(data), memoryview(data))
+            self._indices[shard] = parse_index(bytes(data), mine, self.unit_bytes, size, where)
         return self._indices[shard]

@@ -7,8 +7,9 @@ statistics and the disk are the business of a thread of its own.
 
 import errno
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,9 +18,9 @@ from crc32c import crc32c
 
 from fastcache.cache_format.arrays import group_metadata, to_bytes
 from fastcache.cache_format.background import Background
-from fastcache.cache_format.manifest import Log, Manifest, PartRecord, load_manifest
+from fastcache.cache_format.manifest import Log, Manifest, PartRecord, load_manifest, read_log
 from fastcache.cache_format.part_writer import Instance, PartBuilder, Residuals
-from fastcache.cache_format.schema import FORMAT_VERSION, PARTS_FOLDER
+from fastcache.cache_format.schema import FORMAT_VERSION, MANIFEST_FILE, PARTS_FOLDER
 from fastcache.cache_format.storage import Storage, open_storage
 from fastcache.config import differences
 from fastcache.errors import FastcacheError, FormatError, MismatchError, SpaceError, StorageError
@@ -27,11 +28,35 @@ from fastcache.errors import FastcacheError, FormatError, MismatchError, SpaceEr
 QUEUE_BYTES = 512 * 2**20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-GROUPS = {
-    "zarr.json": to_bytes(group_metadata({"fastcache_format_version": FORMAT_VERSION})),
-    f"{PARTS_FOLDER}/zarr.json": to_bytes(group_metadata()),
-}
-"""The metadata files above the parts."""
+
+def groups(format_version: str = FORMAT_VERSION) -> dict[str, bytes]:
+    """The metadata files above the parts."""
+    return {
+        "zarr.json": to_bytes(group_metadata({"fastcache_format_version": format_version})),
+        f"{PARTS_FOLDER}/zarr.json": to_bytes(group_metadata()),
+    }
+
+
+def write_groups(storage: Storage, manifest: Manifest) -> None:
+    """Write the metadata files above the parts, and note them in `manifest`."""
+    files = groups(manifest.format_version)
+    manifest.files = {name: [len(data), crc32c(data)] for name, data in files.items()}
+    for name, data in files.items():
+        storage.write(name, data)
+
+
+@contextmanager
+def storage_errors(where: str) -> Iterator[None]:
+    """Turn an error of the disk while `where` is written into a `SpaceError` or a `StorageError`."""
+    try:
+        yield
+    except FastcacheError:
+        raise
+    except OSError as error:
+        safe = "All earlier parts are safe; the same command goes on from there."
+        if error.errno in NO_SPACE:
+            raise SpaceError(f"{where}: the disk is full ({error.strerror}). Free some space. {safe}") from error
+        raise StorageError(f"{where} could not be read or written ({error}). {safe}") from error
 
 
 class PartWriter:
@@ -86,36 +111,23 @@ class PartWriter:
             self._writer.log_part(record)
             return record
 
-    def _guarded(self) -> "_Guard":
-        return _Guard(self)
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Says what an error of the disk means, and leaves nothing half-written."""
+        try:
+            with storage_errors(f"Part {self.index} of {self._writer.storage.url}"):
+                yield
+        except BaseException:
+            self.abandon()
+            raise
 
     def abandon(self) -> None:
         """Remove what was written, after an error: a full disk gets its space back."""
         if self._builder is not None:
-            self._builder.close()
+            with suppress(OSError):  # a full disk refuses what was still to be written
+                self._builder.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _Guard:
-    """Says what an error of the disk means, and leaves nothing half-written."""
-
-    def __init__(self, part: PartWriter) -> None:
-        self._part = part
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            return
-        self._part.abandon()
-        if isinstance(error, OSError) and not isinstance(error, FastcacheError):
-            where = f"Part {self._part.index} of {self._part._writer.storage.url}"
-            safe = "All earlier parts are safe; the same command goes on from there."
-            if error.errno in NO_SPACE:
-                raise SpaceError(f"{where}: the disk is full ({error.strerror}). Free some space. {safe}") from error
-            raise StorageError(f"{where} could not be written ({error}). {safe}") from error
 
 
 class CacheWriter:
@@ -128,35 +140,52 @@ class CacheWriter:
         replace: Collection[int] = (),
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
-        """`replace` names committed parts to be made anew (a repair).
+        """`replace` names parts to be made anew (a repair): committed ones, or some whose lines were lost.
 
         Raises `MismatchError`, naming the fields, if `root` holds a cache with another identity.
         """
         self.storage = open_storage(root) if isinstance(root, str | Path) else root
+        with storage_errors(self.storage.url):
+            self.manifest = self._open(manifest)
+            self.storage.clear_workspaces()
+            self._log = Log(self.storage)
+        self._replaced = set(replace)
+        self.logged = {record.index: record for record in self._log.records}
+        """What the log listed at the beginning."""
+        self.committed = {index: record for index, record in self.logged.items() if index not in self._replaced}
+        self.background = Background(queue_bytes)
+
+    def _open(self, manifest: Manifest) -> Manifest:
+        """The manifest that is there, if it says the same; otherwise a new one."""
         try:
-            self.manifest = load_manifest(self.storage)
+            found = load_manifest(self.storage)
         except FormatError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            self.manifest = self._begin(manifest)
-        if found := differences(self.manifest.identity, manifest.identity):
+            return self._begin(manifest)
+        if changed := differences(found.identity, manifest.identity):
             raise MismatchError(
-                f"{self.storage.url} was begun with other settings ({'; '.join(found)}). "
+                f"{self.storage.url} was begun with other settings ({'; '.join(changed)}). "
                 "Repeat the settings it was begun with, choose another --out, or start over with --fresh."
             )
-        self.storage.clear_workspaces()
-        self._log = Log(self.storage)
-        self._replaced = set(replace)
-        self.committed = {record.index: record for record in self._log.records if record.index not in self._replaced}
-        self.background = Background(queue_bytes)
+        found.require_writable(self.storage.url)
+        return found
 
     def _begin(self, manifest: Manifest) -> Manifest:
         """Make the groups, then the manifest: a cache without it is none."""
-        manifest.files = {name: [len(data), crc32c(data)] for name, data in GROUPS.items()}
-        for name, data in GROUPS.items():
-            self.storage.write(name, data)
+        if read_log(self.storage):
+            raise FormatError(
+                f"{self.storage.url} has parts but no {MANIFEST_FILE}, which says what they are. "
+                "Restore it from a copy, choose another --out, or start over with --fresh."
+            )
+        write_groups(self.storage, manifest)
         manifest.save(self.storage)
         return manifest
+
+    def save_manifest(self) -> None:
+        """Write what `manifest` says now."""
+        with storage_errors(f"{self.storage.url}/{MANIFEST_FILE}"):
+            self.manifest.save(self.storage)
 
     def part(self, index: int, instances: Sequence[Instance]) -> PartWriter:
         """A writer of part `index` with these instances; raises `FormatError` if it is committed already."""
@@ -166,10 +195,10 @@ class CacheWriter:
 
     def log_part(self, record: PartRecord) -> None:
         """Write the line that makes a part exist."""
-        if record.index in self._replaced:
-            self._log.replace(record)
-        else:
+        if record.index not in self._replaced:
             self._log.append(record)
+        elif self.logged.get(record.index) != record:
+            self._log.replace(record)
         self.committed[record.index] = record
 
     def drain(self) -> None:

@@ -20,6 +20,8 @@ COMMANDS = {
     "train": "Train a sparse autoencoder from a cache.",
     "evaluate": "Measure SAEs on a held-out cache, by kind of token.",
     "report": "One HTML page with the tables and plots of evaluated runs.",
+    "verify": "Check every byte, index and count of a cache.",
+    "repair": "Compute the damaged parts of a cache again.",
     "inspect": "Show what is in a corpus, a cache or a trained SAE.",
 }
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -74,9 +76,8 @@ def main(arguments: list[str] | None = None, **_extra: Any) -> None:
     """Run the command line."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        cli.main(given, prog_name="fastcache", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        if code := cli.main(given, prog_name="fastcache", standalone_mode=False):
+            sys.exit(code)  # of a command that ends with `Context.exit`
     except (click.Abort, KeyboardInterrupt):
         resume = shlex.join(["fastcache", *(argument for argument in given if argument != "--fresh")])
         click.echo(f"\nInterrupted. What is finished is kept; to resume, run:\n  {resume}", err=True)

@@ -98,6 +98,10 @@ class Job:
 
         return tokenize
 
+    def backend(self) -> Backend:
+        """The model, loaded."""
+        return TransformersBackend(self.source, self.hook_points, self.model_dtype, self.device)
+
     def identity(self) -> dict[str, Any]:
         """All that decides what the cache holds."""
         config = self.config
@@ -120,6 +124,17 @@ class Job:
         }
 
 
+def make_job(config: ExtractConfig, find_corpus: Callable[[], Path]) -> Job:
+    """Find model, tokenizer and corpus, and check that they go together; raises `ModelError`, `InputError`."""
+    source = ModelSource(config.model, config.revision, config.trust_remote_code)
+    llm_config, tokenizer = load_config(source), load_tokenizer(source)
+    check_layers(llm_config, [hook_point(layer) for layer in config.layer], source)
+    if config.method != "bt-p":
+        require_chat_template(tokenizer, source)
+    corpus_path = find_corpus()
+    return Job(replace(config, corpus=str(corpus_path)), source, Corpus(corpus_path), tokenizer, llm_config)
+
+
 def extract(
     config: ExtractConfig, find_corpus: Callable[[], Path], out: Path | str, progress: Progress, fresh: bool = False
 ) -> Cache:
@@ -129,19 +144,12 @@ def extract(
     Everything that can be wrong with the input is found before `out` is touched. Raises `ModelError`, `InputError`,
     `MismatchError`, `SpaceError`, `NonFiniteError`.
     """
-    source = ModelSource(config.model, config.revision, config.trust_remote_code)
-    llm_config, tokenizer = load_config(source), load_tokenizer(source)
-    check_layers(llm_config, [hook_point(layer) for layer in config.layer], source)
-    if config.method != "bt-p":
-        require_chat_template(tokenizer, source)
-    corpus_path = find_corpus()
-    job = Job(config, source, Corpus(corpus_path), tokenizer, llm_config)
-    settings = as_dict(replace(config, corpus=str(corpus_path)))
+    job = make_job(config, find_corpus)
     items = list(islice(job.items(), SAMPLE))
     sample = [item.instance for item in items if item.instance]
     if not sample:
         raise InputError(
-            f"None of the first {SAMPLE} rows of {corpus_path} could be rendered; see `fastcache inspect`."
+            f"None of the first {SAMPLE} rows of {job.corpus.path} could be rendered; see `fastcache inspect`."
         )
     n_rows = max(1, sum(len(item.entries) for item in items))  # a long document may not have ended yet
     tokens_per_row = sum(len(instance.token_ids) for instance in sample) / n_rows
@@ -150,21 +158,21 @@ def extract(
     if isinstance(out, Path) and not (out / "manifest.json").exists():
         require_space(out, expected_tokens * row_bytes, f"This cache of about {expected_tokens:,} tokens")
     with (
-        cache_output(out, settings, fresh) as storage,
+        cache_output(out, as_dict(job.config), fresh) as storage,
         CacheWriter(storage, Manifest(job.identity(), versions=versions())) as writer,
     ):
         if writer.manifest.state == "complete":
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return Cache(writer.storage)
-        backend = TransformersBackend(source, job.hook_points, job.model_dtype, job.device)
+        backend = job.backend()
         if config.parity and not writer.manifest.parity:
             writer.manifest.parity = _parity(job, sample, backend, progress)
-            writer.manifest.save(writer.storage)
+            writer.save_manifest()
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
             for unit in cut_units(job.items(), config.unit_tokens, config.tokens):
-                _compute(unit, writer, backend, task)
+                compute_unit(unit, writer, backend, task)
             writer.drain()
-        return _finish(writer, job)
+        return finish(writer, job)
 
 
 def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
@@ -176,16 +184,16 @@ def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progre
     return check_parity(backend, reference, sequences, job.model_dtype)
 
 
-def _compute(unit: Unit, writer: CacheWriter, backend: Backend, task: Task) -> None:
+def compute_unit(unit: Unit, writer: CacheWriter, backend: Backend, task: Task) -> None:
     """Make the part of `unit` unless it is there already."""
+    record = writer.logged.get(unit.index)
+    made_now = (unit.n_tokens, len(unit.instances), part_ledger(unit.entries))
+    if record is not None and (record.n_tokens, record.n_instances, record.ledger) != made_now:
+        raise MismatchError(
+            f"Part {unit.index} of {writer.storage.url} holds other sequences than are made now: a package changed "
+            "since it was begun (run.json has the versions). Go back to these versions, or start over with --fresh."
+        )
     if unit.index in writer.committed:
-        record = writer.committed[unit.index]
-        expected = (unit.n_tokens, len(unit.instances), part_ledger(unit.entries))
-        if (record.n_tokens, record.n_instances, record.ledger) != expected:
-            raise MismatchError(
-                f"Part {unit.index} of {writer.storage.url} holds other sequences than are made now: a package changed "
-                "since it was begun (run.json has the versions). Go back to these versions, or start over with --fresh."
-            )
         task.advance(unit.n_tokens, f"unit {unit.index} was there")
         return
     part = writer.part(unit.index, unit.instances)
@@ -196,8 +204,9 @@ def _compute(unit: Unit, writer: CacheWriter, backend: Backend, task: Task) -> N
     part.commit_soon(part_ledger(unit.entries))
 
 
-def _finish(writer: CacheWriter, job: Job) -> Cache:
-    """Check the totals and mark the cache complete."""
+def finish(writer: CacheWriter, job: Job) -> Cache:
+    """Check the totals and mark the cache complete; a manifest that says so already is left alone."""
+    before = writer.manifest.to_bytes()
     records = [writer.committed[index] for index in sorted(writer.committed)]
     if not records:
         raise InputError("--tokens leaves no room for a single sequence; nothing was cached.")
@@ -216,7 +225,8 @@ def _finish(writer: CacheWriter, job: Job) -> Cache:
         "tokens_by_type": _tokens_by_type(cache),
     }
     manifest.state = "complete"
-    manifest.save(writer.storage)
+    if manifest.to_bytes() != before:
+        writer.save_manifest()
     return Cache(writer.storage)
 
 

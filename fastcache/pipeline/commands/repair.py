@@ -1,0 +1,30 @@
+"""`fastcache repair`."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.options import AddressOrPath
+
+HELP = """Verify a cache, and compute its damaged parts again. What is whole is left as it is.
+
+The settings are those in its run.json. Model and corpus must be the same as then. Killed, it goes on when run again.
+
+\b
+Examples:
+  fastcache repair fastcache-runs/cache-demo-fast-train-layer-2
+  fastcache repair CACHE --corpus /moved/corpus --device cuda
+"""
+
+
+@click.command(help=HELP)
+@click.argument("cache", type=AddressOrPath(path_type=Path))
+@click.option("--corpus", metavar="DIR", help="Where the corpus is now.  [default: where it was]")
+@click.option("--device", metavar="TEXT", help="Device of the model.  [default: as for extract]")
+def command(cache: Path | str, corpus: str | None, device: str | None) -> None:
+    """Run the repair."""
+    from fastcache.stages.extract.repair import repair
+
+    repair(cache, RichProgress(Console()), corpus, device)

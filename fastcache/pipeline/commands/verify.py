@@ -1,0 +1,45 @@
+"""`fastcache verify`."""
+
+import shlex
+
+import click
+from rich.console import Console
+
+from fastcache.pipeline.console import RichProgress
+
+HELP = """Check every byte, index and count of a cache, and its ledger.
+
+Exit code 0 if the cache is whole, 1 if something is wrong: then all of it is listed. --quick reads no array: it checks
+manifest, log, ledger, and that all files are there with their sizes.
+
+\b
+Examples:
+  fastcache verify fastcache-runs/cache-demo-fast-train-layer-2
+  fastcache verify CACHE --quick
+  fastcache verify CACHE --workers 32
+"""
+
+
+@click.command(help=HELP)
+@click.argument("cache")
+@click.option("--quick", is_flag=True, help="Check structure and sizes only.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: one a core, at most 16]")
+@click.pass_context
+def command(context: click.Context, cache: str, quick: bool, workers: int | None) -> None:
+    """Print what is wrong, and then how much."""
+    from fastcache.cache_format.storage import open_storage
+    from fastcache.cache_format.verify import verify
+
+    progress = RichProgress(Console())
+    parts, n_problems = set(), 0
+    for finding in verify(open_storage(cache), quick=quick, workers=workers, progress=progress):
+        progress.say(f"note: {finding}" if finding.is_note else str(finding))
+        if not finding.is_note:
+            parts.add(finding.part)
+            n_problems += 1
+    if not n_problems:
+        progress.say(f"{cache}: nothing is wrong" + (" with structure and sizes." if quick else "."))
+        return
+    progress.say(f"{cache}: damaged parts: {len(parts - {None}):,}, problems: {n_problems:,}.")
+    progress.say(f"Next: fastcache repair {shlex.quote(cache)}")
+    context.exit(1)
