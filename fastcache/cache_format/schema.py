@@ -132,7 +132,12 @@ def encode(residuals: npt.NDArray[np.float32], logical_dtype: str) -> npt.NDArra
             )
         return stored
     bits = residuals.view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    wide = bits >> np.uint32(16)  # in place from here on: new arrays would take longer than the arithmetic
+    wide &= np.uint32(1)
+    wide += np.uint32(0x7FFF)
+    wide += bits
+    wide >>= np.uint32(16)
+    rounded = wide.astype(np.uint16)
     if ((rounded & np.uint16(0x7F80)) == np.uint16(0x7F80)).any():
         raise FormatError("A residual overflows bfloat16 (3.39e38), or is not finite. Use --dtype float32.")
     return rounded

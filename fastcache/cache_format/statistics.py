@@ -4,7 +4,7 @@ Mean and variance are merged by Chan's formula; norms are counted in logarithmic
 counts are those of all rows, to the width of a bin (a sixteenth of an octave, 4.4 %).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,6 +31,19 @@ def _membership() -> npt.NDArray[np.int64]:
 
 
 _MEMBERSHIP = _membership()
+_GROUPS_OF = np.arange(1 << len(GROUPS))[:, None] >> np.arange(len(GROUPS)) & 1 == 1
+"""The same bits as masks `[g]`."""
+
+
+def _alike(edges: list[int], membership: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, npt.NDArray[np.bool_]]]:
+    """Start, stop and mask of groups of each run of rows that are in the same groups."""
+    return ((start, stop, _GROUPS_OF[membership[start]]) for start, stop in pairwise(edges))
+
+
+def _bins(norms: Floats) -> npt.NDArray[np.int64]:
+    with np.errstate(divide="ignore"):
+        bins = np.floor((np.log2(norms) - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
+    return np.clip(bins, 0, N_BINS - 1).astype(np.int64)
 
 
 def group_counts(type_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -58,40 +71,38 @@ class Moments:
     def add(self, residuals: npt.NDArray[np.float32], token_types: npt.NDArray[np.uint8]) -> None:
         """Take in rows `[n, d_in]` with their token types `[n]`.
 
-        Rows that are in the same groups are summed once; the groups' figures are merged from these.
+        Rows that are in the same groups are summed once. Plain ufuncs: the same bits on every machine. Squares are summed as
+        they are, not as deviations: in float64, and over few rows, that loses nothing, and saves two passes.
         """
         membership = _MEMBERSHIP[token_types]
         order = np.argsort(membership, kind="stable")
+        edges = np.flatnonzero(np.diff(membership[order], prepend=-1, append=-1)).tolist()
         wide = residuals[order].astype(np.float64)
-        norms = np.sqrt(np.square(wide).sum(1))  # plain ufuncs: the same bits on every machine
-        with np.errstate(divide="ignore"):
-            bins = np.floor((np.log2(norms) - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
-        bins = np.clip(bins, 0, N_BINS - 1).astype(np.int64)
-        edges = np.append(np.flatnonzero(np.diff(membership[order], prepend=-1)), len(order)).tolist()
-        for start, stop in pairwise(edges):
-            rows = wide[start:stop]
-            mean = rows.mean(0)
-            deviation = rows - mean
-            squared_deviation = np.square(deviation).sum(0)
-            counts = np.bincount(bins[start:stop], minlength=N_BINS)
-            for g in range(len(GROUPS)):
-                if membership[order[start]] >> g & 1:
-                    self._merge(g, stop - start, mean, squared_deviation)
-                    self.norm_counts[g] += counts
-                    self.norm_sum[g] += norms[start:stop].sum()
-
-    def _merge(self, g: int, count: int, mean: Floats, squared_deviation: Floats) -> None:
-        """Chan, Golub and LeVeque (1979), equation 2.1."""
-        total = int(self.count[g]) + count
-        delta = mean - self.mean[g]
-        self.mean[g] += delta * (count / total)
-        self.squared_deviation[g] += squared_deviation + delta**2 * (int(self.count[g]) * count / total)
-        self.count[g] = total
+        batch = Moments.empty(wide.shape[1])
+        for start, stop, groups in _alike(edges, membership[order]):
+            batch.mean[groups] += wide[start:stop].sum(0)
+        np.square(wide, out=wide)
+        norms = np.sqrt(wide.sum(1))
+        bins = _bins(norms)
+        for start, stop, groups in _alike(edges, membership[order]):
+            batch.count[groups] += stop - start
+            batch.squared_deviation[groups] += wide[start:stop].sum(0)
+            batch.norm_counts[groups] += np.bincount(bins[start:stop], minlength=N_BINS)
+            batch.norm_sum[groups] += norms[start:stop].sum()
+        sums = batch.mean.copy()
+        batch.mean /= np.maximum(batch.count, 1)[:, None]
+        batch.squared_deviation -= sums * batch.mean
+        np.maximum(batch.squared_deviation, 0, out=batch.squared_deviation)
+        self.merge(batch)
 
     def merge(self, other: "Moments") -> None:
-        """Take in the rows of `other`."""
-        for g in np.flatnonzero(other.count).tolist():
-            self._merge(g, int(other.count[g]), other.mean[g], other.squared_deviation[g])
+        """Take in the rows of `other`: Chan, Golub and LeVeque (1979), equation 2.1."""
+        total = self.count + other.count
+        share = (other.count / np.maximum(total, 1))[:, None]
+        delta = other.mean - self.mean
+        self.mean += delta * share
+        self.squared_deviation += other.squared_deviation + delta**2 * (self.count[:, None] * share)
+        self.count = total
         self.norm_counts += other.norm_counts
         self.norm_sum += other.norm_sum
 
