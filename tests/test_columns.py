@@ -1,6 +1,7 @@
 """The quick way through prepare, by blocks and columns, against the plain way: a row at a time, by Python's own parser."""
 
 import json
+import pickle
 
 import pytest
 from corpora import dialogue, run, write
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from fastcache.errors import InputError
 from fastcache.stages.prepare import reading
-from fastcache.stages.prepare.columns import Columns
+from fastcache.stages.prepare.columns import CleanRows, Columns
+from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.reading import Lines, Malformed, read_source
 from fastcache.stages.prepare.schema import Unusable, usable
 from fastcache.stages.prepare.sources import Source
@@ -45,9 +47,10 @@ def cleaned_plainly(row, column, alternating, max_turn_chars):
 )  # fmt: skip
 def test_rows_become_the_same_by_columns_and_one_by_one(rows, column, alternating, max_turn_chars):
     columns = Columns()
-    columns.add(rows[:3], "a", 5, column, alternating, max_turn_chars, False)
-    columns.add(rows[3:], "b", 0, column, alternating, max_turn_chars, False)
-    table = columns.finish().table()
+    config = PrepareConfig(alternating=alternating, max_turn_chars=max_turn_chars)
+    columns.add(rows[:3], "a", 5, column, config)
+    columns.add(rows[3:], "b", 0, column, config)
+    table = CleanRows(columns).table()
     table.validate(full=True)
     found = table.to_pylist()
     assert [row["source"] for row in found] == ["a"] * len(rows[:3]) + ["b"] * len(rows[3:])
@@ -95,12 +98,15 @@ def test_blocks_of_lines_hold_the_rows_that_python_reads(lines, end, block, n_he
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "BLOCK_BYTES", block)
         blocks = list(read_source(Source("x", str(path)), "train", None))
+    sent = [pickle.loads(pickle.dumps(one)) for one in blocks]
     found = [list(one.rows()) for one in blocks]
+    assert [shown(one.rows()) for one in sent] == [shown(rows) for rows in found]
     assert shown(row for rows in found for row in rows) == shown(expected)
     assert [one.n_rows for one in blocks] == [len(rows) for rows in found]
-    whole = Lines.of(b"\n".join(lines) + end, str(path), 1)
+    whole = Lines.of(path.read_bytes().split(b"\n"), str(path), 1, 0)
     if n_head <= whole.n_rows:
-        assert shown(whole.head(n_head).rows()) == shown(expected[:n_head])
+        for head in (whole.head(n_head), pickle.loads(pickle.dumps(whole.head(n_head)))):
+            assert shown(head.rows()) == shown(expected[:n_head])
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])

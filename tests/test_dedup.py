@@ -33,7 +33,9 @@ def kept_by_algorithm_1(samples, n, unit):
 
 def hashed(turns, n, unit):
     """All n-grams of `turns`; the row of each is the number of its turn."""
-    pieces = ngram_hashes(Turns.of([turn.encode() for turn in turns]), np.arange(len(turns), dtype=np.uint32), n, unit)
+    pieces = ngram_hashes(
+        Turns.join([turn.encode() for turn in turns]), np.arange(len(turns), dtype=np.uint32), n, unit
+    )
     return Grams(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
 
@@ -43,7 +45,7 @@ def kept_by_ours(samples, n, unit, folder, chunk, n_ranges, bucket, n_given=0):
     for first in range(0, len(samples), chunk):
         part = samples[first : first + chunk]
         rows = np.repeat(np.arange(len(part), dtype=np.uint32), [len(sample) for sample in part])
-        turns = Turns.of([turn.encode() for sample in part for turn in sample])
+        turns = Turns.join([turn.encode() for sample in part for turn in sample])
         files.append(GramFile(folder / f"{first}.grams", first))
         write_grams(files[-1].path, list(ngram_hashes(turns, rows, n, unit)))
     pair_files, n_groups = [], 0

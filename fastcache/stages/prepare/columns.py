@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from fastcache.corpus import MESSAGE
 from fastcache.errors import InputError
+from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.kernels import U32, Bytes, Numbers, whole_hashes
 from fastcache.stages.prepare.ngrams import Grams, Turns
 from fastcache.stages.prepare.reading import Malformed, Row
@@ -44,43 +45,40 @@ class Columns:
     def __init__(self) -> None:
         self.n_turns: list[int] = []
         self.codes = bytearray()
-        self.texts: list[bytes] = []
+        self.data = bytearray()
+        self.stops: list[int] = []
         self.reasons: dict[int, str] = {}
         self.sources: list[tuple[str, int, int]] = []
         """Source, number there of the first row, number of rows."""
 
     def add(
-        self,
-        rows: Iterable[Row | Malformed],
-        source: str,
-        first_row: int,
-        column: str | None,
-        alternating: bool,
-        max_turn_chars: int,
-        strict: bool,
+        self, rows: Iterable[Row | Malformed], source: str, first_row: int, column: str | None, config: PrepareConfig
     ) -> None:
-        """Add rows of a source; raises `InputError` for an unusable one if `strict`."""
+        """Add rows of a source; raises `InputError` for an unusable one if that is asked for."""
         names = (column,) if column else CHAT_COLUMNS
+        plain = not (config.alternating or config.max_turn_chars)
         n_before = len(self.n_turns)
         for row in rows:
-            n_turns = 0 if alternating or max_turn_chars else self._take(row, names)
+            n_turns = self._take(row, names) if plain else 0
             if not n_turns:
                 try:
-                    n_turns = self._clean(row, column, alternating, max_turn_chars)
+                    n_turns = self._clean(row, column, config)
                 except Unusable as verdict:
                     number = len(self.n_turns)
-                    if strict:
+                    if config.strict:
                         place = f"{source}, row {first_row + number - n_before}"
                         place = row.place if isinstance(row, Malformed) else place
                         raise InputError(f"{place}: {verdict} (--strict). Nothing was written.") from None
                     self.reasons[number] = str(verdict)
             self.n_turns.append(n_turns)
         self.sources.append((source, first_row, len(self.n_turns) - n_before))
+        if len(self.data) > MAX_BYTES:
+            raise InputError(f"{source}: more than 2 GiB of text in the few rows from row {first_row} on.")
 
     def _take(self, row: Row | Malformed, names: tuple[str, ...]) -> int:
         """Take over a plain dialogue and return its number of turns; take nothing and return 0 if it is not so plain."""
-        codes, texts = self.codes, self.texts
-        n_before = len(texts)
+        codes, data, stops = self.codes, self.data, self.stops
+        n_before, n_bytes = len(stops), len(data)
         code = SYSTEM
         try:
             for name in names:
@@ -96,45 +94,38 @@ class Columns:
                     break
                 if text.isspace() or not text:
                     break
-                texts.append(text.encode())
+                data += text.encode()
+                stops.append(len(data))
                 codes.append(code)
             else:
                 if code != SYSTEM:  # so that not all turns are the system's
-                    return len(texts) - n_before
+                    return len(stops) - n_before
         except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
             pass
-        del texts[n_before:], codes[n_before:]
+        del data[n_bytes:], stops[n_before:], codes[n_before:]
         return 0
 
-    def _clean(self, row: Row | Malformed, column: str | None, alternating: bool, max_turn_chars: int) -> int:
+    def _clean(self, row: Row | Malformed, column: str | None, config: PrepareConfig) -> int:
         """Add any usable row and return its number of turns; raises `Unusable`."""
         if isinstance(row, Malformed):
             raise Unusable(row.reason)
-        found = usable(row, column, alternating, max_turn_chars)
-        if found["messages"] is None:
-            self.texts.append(found["text"].encode())
-            self.codes.append(TEXT)
-            return 1
-        self.texts += [message["content"].encode() for message in found["messages"]]
-        self.codes += bytes(_CODES[message["role"]] for message in found["messages"])
-        return len(found["messages"])
-
-    def finish(self) -> "CleanRows":
-        """The columns as arrays."""
-        turns = Turns.of(self.texts)
-        if len(turns.data) > MAX_BYTES:
-            raise InputError(
-                f"{self.sources[-1][0]} has rows of more than {MAX_BYTES >> 30} GiB near row {self.sources[-1][1]}."
-            )
-        return CleanRows(self, turns)
+        found = usable(row, column, config.alternating, config.max_turn_chars)
+        turns = [(TEXT, found["text"])]
+        if found["messages"] is not None:
+            turns = [(_CODES[message["role"]], message["content"]) for message in found["messages"]]
+        for code, text in turns:
+            self.data += text.encode()
+            self.stops.append(len(self.data))
+            self.codes.append(code)
+        return len(turns)
 
 
 class CleanRows:
     """The rows of a chunk as arrays: `turns` with their `codes` `[t]`, and `n_turns` `[r]` of each row, 0 if unusable."""
 
-    def __init__(self, columns: Columns, turns: Turns) -> None:
+    def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self.turns = turns
+        self.turns = turns = Turns.of(columns.data, columns.stops)
         self.codes: Bytes = np.frombuffer(columns.codes, np.uint8)
         self.n_turns: Numbers = np.array(columns.n_turns, np.int64)
         self.owners: U32 = np.repeat(np.arange(len(self.n_turns), dtype=np.uint32), self.n_turns)
@@ -169,7 +160,7 @@ class CleanRows:
         whole["hash"], whole["check"] = self._hashes, self._checks
         digests = pa.Array.from_buffers(pa.binary(WHOLE.itemsize), n_rows, [None, pa.py_buffer(whole.tobytes())])
         parts = self._columns.sources
-        names = _strings(Turns.of([name.encode() for name, _, _ in parts]))
+        names = _strings(Turns.join([name.encode() for name, _, _ in parts]))
         names = names.take(_numbers(np.repeat(np.arange(len(parts)), [n for _, _, n in parts])))
         numbers = _numbers(np.concatenate([np.arange(first, first + n) for _, first, n in parts]))
         return pa.Table.from_arrays([names, numbers, self._reasons(), digests, messages, texts], schema=STAGED)
@@ -177,7 +168,7 @@ class CleanRows:
     def _reasons(self) -> pa.Array:
         reasons = self._columns.reasons
         texts = [reasons.get(row, "").encode() for row in range(len(self.n_turns))] if reasons else []
-        return _strings(Turns.of(texts), self.n_turns == 0) if reasons else pa.nulls(len(self.n_turns), pa.string())
+        return _strings(Turns.join(texts), self.n_turns == 0) if reasons else pa.nulls(len(self.n_turns), pa.string())
 
 
 # Not pa.array(), which imports pandas: a quarter of a second in every process.
@@ -198,4 +189,4 @@ def _strings(turns: Turns, valid: npt.NDArray[np.bool_] | None = None) -> pa.Arr
     return pa.Array.from_buffers(pa.string(), len(turns.stops), [nulls, edges, pa.py_buffer(turns.data)])
 
 
-_ROLE_STRINGS = _strings(Turns.of([name.encode() for name in ROLE_NAMES]))
+_ROLE_STRINGS = _strings(Turns.join([name.encode() for name in ROLE_NAMES]))

@@ -35,7 +35,7 @@ def near_duplicates(
             if not kept[row] or not turns:
                 continue
             short = [" ".join(turn.split()) for turn in turns if len(turn.split()) < SHINGLE_WORDS]
-            encoded = Turns.of([turn.encode() for turn in turns])
+            encoded = Turns.join([turn.encode() for turn in turns])
             grams = ngram_hashes(encoded, np.zeros(len(turns), np.uint32), SHINGLE_WORDS, "word")
             hashes = [value for piece in grams for value in piece.hashes.tolist()]
             signature = MinHash(num_perm=PERMUTATIONS)

@@ -7,7 +7,7 @@ make n-grams that collide.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -42,16 +42,21 @@ class Turns(NamedTuple):
     stops: Numbers
 
     @classmethod
-    def of(cls, texts: Sequence[bytes]) -> "Turns":
+    def of(cls, data: bytearray, stops: Sequence[int]) -> "Turns":
+        """Over `data`, which grows by the padding."""
+        ends = np.array(stops, np.int64)
+        data += bytes(PADDING)
+        return cls(np.frombuffer(data, np.uint8), np.append(0, ends)[:-1], ends)
+
+    @classmethod
+    def join(cls, texts: Sequence[bytes]) -> "Turns":
         """From encoded texts."""
-        data = np.frombuffer(bytearray().join([*texts, bytes(PADDING)]), np.uint8)
-        stops = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
-        return cls(data, np.append(0, stops[:-1])[: len(texts)], stops)
+        return cls.of(bytearray().join(texts), list(accumulate(map(len, texts))))
 
     def lower(self) -> "Turns":
         """In lower case."""
         texts = [self.data[start:stop].tobytes() for start, stop in zip(self.starts, self.stops, strict=True)]
-        return Turns.of([text.lower() if text.isascii() else text.decode().lower().encode() for text in texts])
+        return Turns.join([text.lower() if text.isascii() else text.decode().lower().encode() for text in texts])
 
 
 class Grams(NamedTuple):

@@ -5,7 +5,6 @@ Where blocks end depends on the input alone. What can't be read becomes `Malform
 
 import json
 import logging
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,8 +20,6 @@ from fastcache.stages.prepare.sources import COMPRESSED, SUFFIXES, Source, files
 
 BLOCK_BYTES = 1 << 18
 BLOCK_ROWS = 1024
-
-_SPACE_AHEAD = re.compile(rb"\n\s")  # a line that may be blank
 
 Row = dict[str, Any]
 
@@ -53,23 +50,36 @@ class Block(ABC):
 
 @dataclass(frozen=True)
 class Lines(Block):
-    """Whole lines of a JSONL file as they stand; blank ones are no rows."""
+    """Lines of a JSONL file as they stand; blank ones are no rows.
 
-    data: bytes
+    Lines of an uncompressed file have their `offset` there: another process reads them again, which is quicker than to
+    send them.
+    """
+
+    lines: list[bytes]
     path: str
     first_line: int
+    offset: int | None
 
     @classmethod
-    def of(cls, data: bytes, path: str, first_line: int) -> "Lines":
-        """From lines, the last one without its end."""
-        n_rows = data.count(b"\n") + 1
-        if _SPACE_AHEAD.search(b"\n%b\n" % data):
-            n_rows = sum(1 for line in data.split(b"\n") if line.strip())
-        return cls(n_rows, len(data), data, path, first_line)
+    def of(cls, lines: list[bytes], path: str, first_line: int, offset: int | None) -> "Lines":
+        """From lines without their ends."""
+        n_rows = sum(map(bool, map(bytes.strip, lines)))
+        return cls(n_rows, sum(map(len, lines)) + len(lines), lines, path, first_line, offset)
+
+    def __getstate__(self) -> Row:
+        return self.__dict__ | ({} if self.offset is None else {"lines": []})
+
+    def _read(self) -> list[bytes]:
+        if self.lines or self.offset is None:
+            return self.lines
+        with Path(self.path).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.n_bytes).split(b"\n")
 
     def rows(self) -> Iterator[Row | Malformed]:
         """The rows, in order."""
-        for number, line in enumerate(self.data.split(b"\n"), self.first_line):
+        for number, line in enumerate(self._read(), self.first_line):
             try:
                 row = orjson.loads(line)
             except ValueError:
@@ -91,9 +101,8 @@ class Lines(Block):
 
     def head(self, n_rows: int) -> "Lines":
         """The first rows."""
-        lines = self.data.split(b"\n")
-        ends = [number for number, line in enumerate(lines, 1) if line.strip()]
-        return Lines.of(b"\n".join(lines[: ends[n_rows - 1]]), self.path, self.first_line)
+        ends = [number for number, line in enumerate(self.lines, 1) if line.strip()]
+        return Lines.of(self.lines[: ends[n_rows - 1]], self.path, self.first_line, self.offset)
 
 
 @dataclass(frozen=True)
@@ -174,20 +183,23 @@ def _open(path: Path) -> Any:
 
 
 def _read_jsonl(path: Path) -> Iterator[Block]:
-    n_lines = 0
+    n_lines = offset = 0
+    plain = path.suffix not in COMPRESSED
     try:
         with _open(path) as file:
             tail: list[bytes] = []  # of a line that goes on
             while data := file.read(BLOCK_BYTES):
-                whole, newline, rest = data.rpartition(b"\n")
-                if newline:
-                    lines = b"".join([*tail, whole])
-                    yield Lines.of(lines, str(path), n_lines + 1)
-                    n_lines += lines.count(b"\n") + 1
-                    tail = []
-                tail.append(rest)
+                lines = data.split(b"\n")
+                tail.append(lines[0])
+                if len(lines) > 1:
+                    lines[0] = b"".join(tail)
+                    tail = [lines.pop()]
+                    block = Lines.of(lines, str(path), n_lines + 1, offset if plain else None)
+                    yield block
+                    n_lines += len(lines)
+                    offset += block.n_bytes
             if (line := b"".join(tail)).strip():
-                yield Lines.of(line, str(path), n_lines + 1)
+                yield Lines.of([line], str(path), n_lines + 1, offset if plain else None)
     except OSError as error:
         raise InputError(
             f"{path} breaks off or is damaged after line {n_lines} ({error}). Fetch it again, or unpack what can be saved."

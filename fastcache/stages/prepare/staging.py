@@ -101,8 +101,8 @@ def _cleaned(parts: list[Part], config: PrepareConfig) -> CleanRows:
     """Raises `InputError` for a bad row where that is asked for."""
     columns = Columns()
     for source, column, first_row, block in parts:
-        columns.add(block.rows(), source, first_row, column, config.alternating, config.max_turn_chars, config.strict)
-    return columns.finish()
+        columns.add(block.rows(), source, first_row, column, config)
+    return CleanRows(columns)
 
 
 def _hashed(rows: CleanRows, config: PrepareConfig, texts_too: bool) -> list[Grams]:
