@@ -163,4 +163,8 @@ def edit_manifest(root: Path, **changes) -> None:
 def tree_bytes(root: Path) -> dict[str, bytes]:
     """Every file below `root` but run.json and the lock."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name not in ("run.json", ".lock")}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in files
+        if path.name not in ("run.json", "status.json", ".lock")
+    }

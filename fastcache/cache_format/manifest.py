@@ -61,6 +61,8 @@ class Manifest:
     statistics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
+    failed: dict[str, str] = field(default_factory=dict)
+    """Units that were given up -> why. Their rows are `failed` in the ledger."""
     files: dict[str, list[int]] = field(default_factory=dict)
     """The metadata files above the parts -> [size in bytes, crc32c]."""
 

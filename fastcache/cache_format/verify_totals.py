@@ -95,12 +95,13 @@ class Totals:
             ledger.get("stored"),
             ledger.get("truncated"),
             ledger.get("not reached"),
+            ledger.get("failed", 0),  # 1.0 knew no failures
             ledger.get("rows"),
         ]
         skipped = self._ledger["skipped"].values()
         if not all(type(count) is int and count >= 0 for count in counts):
             yield _figure("ledger: stored, truncated, not reached and rows should be counts")
-        elif sum(counts[:3]) + sum(skipped) != counts[3]:
+        elif sum(counts[:4]) + sum(skipped) != counts[4]:
             yield _figure(f"ledger: the rows of all outcomes are not {counts[3]:,}, the rows of the corpus")
         by_source = ledger.get("truncated_by_source", {})
         if by_source and sum(by_source.values()) != ledger.get("truncated"):

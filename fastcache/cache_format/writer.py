@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from crc32c import crc32c
 
@@ -59,10 +59,39 @@ def storage_errors(where: str) -> Iterator[None]:
         raise StorageError(f"{where} could not be read or written ({error}). {safe}") from error
 
 
+class PartSink:
+    """Where a worker process writes parts: it puts them in their place, and leaves the log to the process that owns it."""
+
+    def __init__(self, storage: Storage, manifest: Manifest, queue_bytes: int = QUEUE_BYTES) -> None:
+        self.storage, self.manifest = storage, manifest
+        self.background = Background(queue_bytes)
+
+    def part(self, index: int, instances: Sequence[Instance]) -> "PartWriter":
+        """A writer of part `index` with these instances."""
+        return PartWriter(self, index, instances)
+
+    def log_part(self, record: PartRecord) -> None:
+        """Nothing: see `CacheWriter.log_part`."""
+
+    def drain(self) -> None:
+        """Wait until everything that was given is on disk; raises what went wrong."""
+        self.background.drain()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.drain()
+        finally:
+            self.background.close()
+
+
 class PartWriter:
     """One part; `append` takes the residuals of its instances in the same order."""
 
-    def __init__(self, writer: "CacheWriter", index: int, instances: Sequence[Instance]) -> None:
+    def __init__(self, writer: PartSink, index: int, instances: Sequence[Instance]) -> None:
         self._writer, self.index = writer, index
         self._instances = instances
         self._builder: PartBuilder | None = None
@@ -121,6 +150,10 @@ class PartWriter:
             self.abandon()
             raise
 
+    def abandon_soon(self) -> None:
+        """Have the part forgotten."""
+        self._writer.background.submit(0, self.abandon)
+
     def abandon(self) -> None:
         """Remove what was written, after an error: a full disk gets its space back."""
         if self._builder is not None:
@@ -130,7 +163,7 @@ class PartWriter:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class CacheWriter:
+class CacheWriter(PartSink):
     """A cache being written, new or resumed."""
 
     def __init__(
@@ -146,14 +179,14 @@ class CacheWriter:
         """
         self.storage = open_storage(root) if isinstance(root, str | Path) else root
         with storage_errors(self.storage.url):
-            self.manifest = self._open(manifest)
+            manifest = self._open(manifest)
             self.storage.clear_workspaces()
             self._log = Log(self.storage)
+        super().__init__(self.storage, manifest, queue_bytes)
         self._replaced = set(replace)
         self.logged = {record.index: record for record in self._log.records}
         """What the log listed at the beginning."""
         self.committed = {index: record for index, record in self.logged.items() if index not in self._replaced}
-        self.background = Background(queue_bytes)
 
     def _open(self, manifest: Manifest) -> Manifest:
         """The manifest that is there, if it says the same; otherwise a new one."""
@@ -200,17 +233,3 @@ class CacheWriter:
         elif self.logged.get(record.index) != record:
             self._log.replace(record)
         self.committed[record.index] = record
-
-    def drain(self) -> None:
-        """Wait until everything that was given is on disk; raises what went wrong."""
-        self.background.drain()
-
-    def __enter__(self) -> "CacheWriter":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if error is None:
-                self.drain()
-        finally:
-            self.background.close()

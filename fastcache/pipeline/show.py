@@ -56,12 +56,16 @@ def show_cache(console: Console, cache: Cache) -> None:
         skipped = ", ".join(f"{reason} {count:,}" for reason, count in ledger["skipped"].items()) or "0"
         by_source = ", ".join(f"{source} {n:,}" for source, n in ledger["truncated_by_source"].items())
         truncated = f"truncated {ledger['truncated']:,}" + (f" ({by_source})" if by_source else "")
-        counts = f"stored {ledger['stored']:,}, {truncated}, skipped {skipped}"
+        failed = f", failed {ledger['failed']:,}" if ledger.get("failed") else ""
+        counts = f"stored {ledger['stored']:,}, {truncated}, skipped {skipped}{failed}"
         rows += [
             ("by type", types),
             ("size", f"{totals['n_bytes'] / 1e6:,.1f} MB, {manifest.dtype}, d_in {manifest.d_in}"),
             ("ledger", f"{ledger['rows']:,} rows: {counts}, not reached {ledger['not reached']:,}"),
         ]
+    if manifest.failed:
+        units = "; ".join(f"{unit} ({reason})" for unit, reason in manifest.failed.items())
+        rows.append(("failed units", f"{units}. Run the extract command again to try them."))
     for hook, parity in manifest.parity.get("hook_points", {}).items():
         difference = f"max abs difference {parity['max_abs_difference']:.1e}, relative {parity['max_relative_l2']:.1e}"
         rows.append((f"parity {hook}", f"{difference}, {len(manifest.parity['lengths'])} sequences"))

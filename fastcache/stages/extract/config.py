@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fastcache.config import option
 
-FREE_ON_RESUME = ("corpus", "device", "parity")
+FREE_ON_RESUME = ("corpus", "device", "devices", "workers", "on_nonfinite", "parity")
 """Settings that may differ on resume: the corpus goes by its fingerprint, so that it may be moved."""
 
 
@@ -40,6 +40,13 @@ class ExtractConfig:
         help="Dtype the model runs in. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
     device: str | None = option(None, help="Device of the model. Default: cuda where there is one, else cpu.")
+    workers: int | None = option(
+        None, help="Worker processes, each with a model. Default: one for each of --devices.", at_least=1
+    )
+    devices: tuple[str, ...] = option((), help="Devices of the workers, in turn, such as cuda:1. Repeatable.")
+    on_nonfinite: str = option(
+        "stop", choices=("stop", "skip"), help="At NaN or infinity: stop, or skip the dialogue and count it."
+    )
     unit_tokens: int = option(524_288, help="Tokens of a work unit, which becomes a part of the cache.", at_least=1)
     parity: int = option(8, help="Sequences compared with the plain float32 model first; 0 compares none.", at_least=0)
     revision: str | None = option(None, help="Revision of the model on the hub.")

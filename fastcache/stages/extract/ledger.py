@@ -6,6 +6,9 @@ from typing import Any
 from fastcache.errors import IntegrityError
 from fastcache.stages.extract.sequences import Entry
 
+NON_FINITE = "non-finite residuals"
+"""Why a dialogue was skipped."""
+
 
 def part_ledger(entries: Iterable[Entry]) -> dict[str, Any]:
     """Entries of one part: a count of the stored, the rows of all others by outcome."""
@@ -20,8 +23,10 @@ def part_ledger(entries: Iterable[Entry]) -> dict[str, Any]:
     return ledger
 
 
-def total_ledger(parts: Iterable[dict[str, Any]], n_rows: int) -> dict[str, Any]:
-    """Sum of the parts' ledgers over a corpus of `n_rows`; rows beyond the token budget are `not reached`.
+def total_ledger(parts: Iterable[dict[str, Any]], n_failed: int, n_rows: int) -> dict[str, Any]:
+    """Sum of the parts' ledgers, and of the rows of units that failed, over a corpus of `n_rows`.
+
+    Rows beyond the token budget are `not reached`.
 
     Raises `IntegrityError` if the parts account for more rows than there are.
     """
@@ -32,7 +37,7 @@ def total_ledger(parts: Iterable[dict[str, Any]], n_rows: int) -> dict[str, Any]
         truncated += len(ledger["truncated"])
         for reason, rows in ledger["skipped"].items():
             skipped[reason] = skipped.get(reason, 0) + len(rows)
-    accounted = stored + truncated + sum(skipped.values())
+    accounted = stored + truncated + sum(skipped.values()) + n_failed
     if accounted > n_rows:
         raise IntegrityError(f"The ledger accounts for {accounted} rows of a corpus with {n_rows}.")
     return {
@@ -40,5 +45,6 @@ def total_ledger(parts: Iterable[dict[str, Any]], n_rows: int) -> dict[str, Any]
         "stored": stored,
         "truncated": truncated,
         "skipped": dict(sorted(skipped.items())),
+        "failed": n_failed,
         "not reached": n_rows - accounted,
     }

@@ -11,8 +11,9 @@ from fastcache.errors import InputError
 from fastcache.files import parse_json, readable_json
 from fastcache.rundir import RUN_FILE, check_same, new_run, output_directory
 from fastcache.stages.extract.config import FREE_ON_RESUME
+from fastcache.stages.extract.status import STATUS_FILE
 
-OWNED = ("zarr.json", "manifest.json", "parts.jsonl", "parts")
+OWNED = ("zarr.json", "manifest.json", "parts.jsonl", "parts", STATUS_FILE)
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from fastcache.errors import FastcacheError, FormatError, InputError, IntegrityE
 from fastcache.files import parse_json
 from fastcache.progress import Progress
 from fastcache.rundir import RUN_FILE
+from fastcache.stages.extract.compute import as_committed, compute_part
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.output import cache_output
-from fastcache.stages.extract.run import Job, compute_unit, finish, make_job
-from fastcache.stages.extract.sequences import cut_units
+from fastcache.stages.extract.run import Job, finish, make_job
 
 
 def repair(root: Path | str, progress: Progress, corpus: str | None = None, device: str | None = None) -> list[int]:
@@ -138,13 +138,16 @@ def _recompute(writer: CacheWriter, job: Job, todo: set[int], progress: Progress
     if not todo:
         return False
     progress.say(f"Computing {len(todo)} of {len(writer.committed) + len(todo)} parts again ...")
-    backend = job.backend()
+    backend = job.worker(writer.storage.url).backend()
     made = set()
-    tokens = sum(record.n_tokens for record in writer.logged.values())
+    tokens = sum(record.n_tokens for record in writer.logged.values() if record.index in todo)
     with progress.task("repair", tokens, "tokens") as task:
-        for unit in cut_units(job.items(), job.config.unit_tokens, job.config.tokens):
-            compute_unit(unit, writer, backend, task)
+        for unit in job.units():
             made.add(unit.index)
+            if unit.index in todo:
+                record = writer.logged.get(unit.index)
+                wanted = as_committed(unit, record, writer.storage.url) if record else unit
+                compute_part(wanted, writer, backend, task.advance, skip_nonfinite=False)
             if todo <= made:
                 break
         writer.drain()

@@ -16,7 +16,7 @@ from fastcache.cache_format.writer import CacheWriter
 from fastcache.config import as_dict
 from fastcache.corpus import Corpus, CorpusRow
 from fastcache.devices import choose_device
-from fastcache.errors import InputError, MismatchError
+from fastcache.errors import InputError, ModelError
 from fastcache.llm.backend import Backend
 from fastcache.llm.chat import FIXED_DATE, ChatRenderer, text_tokens
 from fastcache.llm.loading import (
@@ -29,13 +29,14 @@ from fastcache.llm.loading import (
     tokenizer_identity,
 )
 from fastcache.llm.parity import check_parity, reference_residuals, spread
-from fastcache.llm.transformers_backend import TransformersBackend
-from fastcache.progress import Progress, Task
+from fastcache.progress import Progress
 from fastcache.rundir import require_space, versions
+from fastcache.stages.extract.compute import Worker, compute_by_crew, compute_here
 from fastcache.stages.extract.config import ExtractConfig
-from fastcache.stages.extract.ledger import part_ledger, total_ledger
+from fastcache.stages.extract.ledger import total_ledger
 from fastcache.stages.extract.output import cache_output
 from fastcache.stages.extract.sequences import Item, Tokenize, Unit, block_items, cut_units, fast_items
+from fastcache.stages.extract.status import STATUS_FILE, Status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,9 +99,25 @@ class Job:
 
         return tokenize
 
-    def backend(self) -> Backend:
-        """The model, loaded."""
-        return TransformersBackend(self.source, self.hook_points, self.model_dtype, self.device)
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices of the workers, in turn."""
+        return tuple(map(choose_device, self.config.devices)) or (self.device,)
+
+    @property
+    def n_workers(self) -> int:
+        """Worker processes: one for each device, or as many as asked for."""
+        return self.config.workers or len(self.devices)
+
+    def worker(self, place: str) -> Worker:
+        """What computes parts of the cache at `place`."""
+        config = self.config
+        hooks, skip = tuple(self.hook_points), config.on_nonfinite == "skip"
+        return Worker(place, self.identity(), self.source, hooks, self.model_dtype, self.devices, skip)
+
+    def units(self) -> Iterator[Unit]:
+        """The work units, from the beginning."""
+        return cut_units(self.items(), self.config.unit_tokens, self.config.tokens)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what the cache holds."""
@@ -161,18 +178,28 @@ def extract(
         cache_output(out, as_dict(job.config), fresh) as storage,
         CacheWriter(storage, Manifest(job.identity(), versions=versions())) as writer,
     ):
-        if writer.manifest.state == "complete":
+        if writer.manifest.state == "complete" and not writer.manifest.failed:
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return Cache(writer.storage)
-        backend = job.backend()
-        if config.parity and not writer.manifest.parity:
-            writer.manifest.parity = _parity(job, sample, backend, progress)
+        if writer.manifest.state == "complete":  # but for units that failed: they are tried again
+            writer.manifest.state = "writing"
             writer.save_manifest()
+        worker = job.worker(writer.storage.url)
+        backend = worker.backend() if job.n_workers == 1 else None
+        if config.parity and not writer.manifest.parity:
+            writer.manifest.parity = _parity(job, sample, backend or worker.backend(), progress)
+            writer.save_manifest()
+        path = out / STATUS_FILE if isinstance(out, Path) else None
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
-            for unit in cut_units(job.items(), config.unit_tokens, config.tokens):
-                compute_unit(unit, writer, backend, task)
-            writer.drain()
-        return finish(writer, job)
+            status = Status(task, progress, expected_tokens, row_bytes, path)
+            failed: dict[int, str] = {}
+            if backend is not None:
+                compute_here(job.units(), writer, backend, worker.skip_nonfinite, status)
+            else:
+                failed = compute_by_crew(job.units(), writer, worker, job.n_workers, status)
+            status.state = "computed"
+            status.write()
+        return finish(writer, job, failed)
 
 
 def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
@@ -184,36 +211,24 @@ def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progre
     return check_parity(backend, reference, sequences, job.model_dtype)
 
 
-def compute_unit(unit: Unit, writer: CacheWriter, backend: Backend, task: Task) -> None:
-    """Make the part of `unit` unless it is there already."""
-    record = writer.logged.get(unit.index)
-    made_now = (unit.n_tokens, len(unit.instances), part_ledger(unit.entries))
-    if record is not None and (record.n_tokens, record.n_instances, record.ledger) != made_now:
-        raise MismatchError(
-            f"Part {unit.index} of {writer.storage.url} holds other sequences than are made now: a package changed "
-            "since it was begun (run.json has the versions). Go back to these versions, or start over with --fresh."
-        )
-    if unit.index in writer.committed:
-        task.advance(unit.n_tokens, f"unit {unit.index} was there")
-        return
-    part = writer.part(unit.index, unit.instances)
-    everything = backend.residuals(instance.token_ids for instance in unit.instances)
-    for instance, residuals in zip(unit.instances, everything, strict=True):
-        part.append(residuals)
-        task.advance(len(instance.token_ids), f"unit {unit.index}")
-    part.commit_soon(part_ledger(unit.entries))
+def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) -> Cache:
+    """Check the totals and mark the cache complete; a manifest that says so already is left alone.
 
-
-def finish(writer: CacheWriter, job: Job) -> Cache:
-    """Check the totals and mark the cache complete; a manifest that says so already is left alone."""
+    `failed` are the units that were given up, with the reason: their rows are in the ledger.
+    """
+    failed = failed or {}
     before = writer.manifest.to_bytes()
     records = [writer.committed[index] for index in sorted(writer.committed)]
+    if failed and not records:
+        raise ModelError(f"Every unit failed; the first one because {next(iter(failed.values()))}.")
     if not records:
         raise InputError("--tokens leaves no room for a single sequence; nothing was cached.")
     cache = Cache(writer.storage)
     manifest = writer.manifest
     split = job.config.split
-    manifest.ledger = total_ledger((record.ledger for record in records), job.corpus.n_rows(split))
+    manifest.failed = {str(index): reason for index, reason in sorted(failed.items())}
+    n_failed = sum(len(unit.entries) for unit in job.units() if unit.index in failed) if failed else 0
+    manifest.ledger = total_ledger((record.ledger for record in records), n_failed, job.corpus.n_rows(split))
     truncated = {row for record in records for row in record.ledger["truncated"]}
     manifest.ledger["truncated_by_source"] = job.corpus.sources_of(split, truncated)
     manifest.statistics = {hook: cache.summary(hook) for hook in manifest.hook_points}

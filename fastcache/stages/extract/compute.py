@@ -1,0 +1,151 @@
+"""From units to parts: by this process, or by a crew of worker processes that each hold the model."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fastcache.cache_format.manifest import Manifest, PartRecord
+from fastcache.cache_format.storage import open_storage
+from fastcache.cache_format.writer import CacheWriter, PartSink
+from fastcache.crew import Advance, Crew, Done, Failed, Report, Work
+from fastcache.errors import FormatError, MismatchError, NonFiniteError, SpaceError
+from fastcache.llm.backend import Backend, Residuals
+from fastcache.llm.loading import ModelSource
+from fastcache.llm.transformers_backend import TransformersBackend
+from fastcache.stages.extract.ledger import NON_FINITE, part_ledger
+from fastcache.stages.extract.sequences import Entry, Unit
+from fastcache.stages.extract.status import Status
+
+STOPPING = (NonFiniteError, FormatError, MismatchError, SpaceError)
+"""Errors of a unit that would come again, or that all units would meet."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """All that a worker process needs to begin."""
+
+    place: str
+    identity: dict[str, Any]
+    source: ModelSource
+    hook_points: tuple[str, ...]
+    model_dtype: str
+    devices: tuple[str, ...]
+    skip_nonfinite: bool
+
+    def backend(self, number: int = 0) -> Backend:
+        """The model on the device of worker `number`."""
+        device = self.devices[number % len(self.devices)]
+        return TransformersBackend(self.source, self.hook_points, self.model_dtype, device)
+
+
+def _begin(worker: Worker, number: int) -> Work:
+    backend = worker.backend(number)
+    storage, manifest = open_storage(worker.place), Manifest(worker.identity)
+
+    def work(unit: Unit, report: Report) -> PartRecord:
+        with PartSink(storage, manifest) as sink:
+            return compute_part(unit, sink, backend, report, worker.skip_nonfinite).result()
+
+    return work
+
+
+def _without(unit: Unit, rows: set[int]) -> Unit:
+    """The unit without the dialogues of these corpus rows."""
+    if not rows:
+        return unit
+    return replace(
+        unit,
+        instances=[instance for instance in unit.instances if instance.instance_id not in rows],
+        entries=[Entry(row, NON_FINITE) if row in rows else Entry(row, outcome) for row, outcome in unit.entries],
+        n_tokens=sum(len(i.token_ids) for i in unit.instances if i.instance_id not in rows),
+    )
+
+
+def as_committed(unit: Unit, record: PartRecord, url: str) -> Unit:
+    """The unit as it was committed; raises `MismatchError` if it can't have been this one."""
+    unit = _without(unit, set(record.ledger["skipped"].get(NON_FINITE, ())))
+    if (record.n_tokens, record.n_instances, record.ledger) != _figures(unit):
+        raise MismatchError(
+            f"Part {unit.index} of {url} holds other sequences than are made now: a package changed since it was begun "
+            "(run.json has the versions). Go back to these versions, or start over with --fresh."
+        )
+    return unit
+
+
+def _figures(unit: Unit) -> tuple[int, int, dict[str, Any]]:
+    return unit.n_tokens, len(unit.instances), part_ledger(unit.entries)
+
+
+def _is_finite(residuals: Residuals) -> bool:
+    return all(bool(np.isfinite(rows).all()) for rows in residuals.values())
+
+
+def compute_part(
+    unit: Unit, sink: PartSink, backend: Backend, report: Report, skip_nonfinite: bool
+) -> "Future[PartRecord]":
+    """Make the part of `unit`; it is committed when the future is done.
+
+    A dialogue with NaN or infinity stops the run, with its number; with `skip_nonfinite` the unit is made again without it.
+    """
+    while True:
+        bad: set[int] = set()
+        part = sink.part(unit.index, unit.instances)
+        everything = backend.residuals(instance.token_ids for instance in unit.instances)
+        for instance, residuals in zip(unit.instances, everything, strict=True):
+            if skip_nonfinite and not _is_finite(residuals):
+                bad.add(instance.instance_id)
+            if not bad:
+                part.append(residuals)
+                report(len(instance.token_ids))
+        if not bad:
+            return part.commit_soon(part_ledger(unit.entries))
+        part.abandon_soon()
+        if len(bad) == len(unit.instances):
+            raise NonFiniteError(f"All {len(bad)} dialogues of unit {unit.index} have NaN or infinity.")
+        unit = _without(unit, bad)
+
+
+def compute_here(
+    units: Iterable[Unit], writer: CacheWriter, backend: Backend, skip_nonfinite: bool, status: Status
+) -> None:
+    """Make the parts of the units that are missing, in this process."""
+    for unit in _missing(units, writer, status):
+        report = partial(status.advance, unit=unit.index)
+        compute_part(unit, writer, backend, report, skip_nonfinite).add_done_callback(lambda _: status.unit_done())
+    writer.drain()
+
+
+def compute_by_crew(
+    units: Iterable[Unit], writer: CacheWriter, worker: Worker, n_workers: int, status: Status
+) -> dict[int, str]:
+    """Make the parts of the units that are missing, by `n_workers` processes; returns those given up, with the reason."""
+    crew = Crew(partial(_begin, worker), n_workers, STOPPING)
+    status.workers = crew.states
+    failed: dict[int, str] = {}
+    for message in crew.run((unit.index, unit) for unit in _missing(units, writer, status)):
+        if isinstance(message, Advance):
+            status.advance(message.amount, message.key)
+        elif isinstance(message, Done):
+            writer.log_part(message.result)
+            status.unit_done()
+        elif isinstance(message, Failed):
+            failed[message.key] = message.reason
+            status.unit_failed(message.key, message.reason)
+    return failed
+
+
+def _missing(units: Iterable[Unit], writer: CacheWriter, status: Status) -> Iterator[Unit]:
+    """The units that are not committed yet; raises `MismatchError` for one that is, with other sequences."""
+    for unit in units:
+        record = writer.logged.get(unit.index)
+        if record is not None:
+            unit = as_committed(unit, record, writer.storage.url)  # noqa: PLW2901
+        if unit.index in writer.committed:
+            status.advance(unit.n_tokens, unit.index)
+            status.unit_done()
+        else:
+            yield unit
