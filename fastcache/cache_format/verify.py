@@ -18,7 +18,7 @@ from fastcache.cache_format.storage import Storage
 from fastcache.cache_format.verify_part import Finding, Findings, PartCheck, PartFacts
 from fastcache.cache_format.verify_totals import Totals
 from fastcache.cache_format.writer import groups
-from fastcache.errors import FastcacheError, FormatError
+from fastcache.errors import FastcacheError, FormatError, IntegrityError
 from fastcache.files import canonical_json, parse_json
 from fastcache.progress import Progress, Silent, Task
 
@@ -138,10 +138,9 @@ def _check_folder(storage: Storage, records: list[PartRecord], findings: Finding
     except (FastcacheError, OSError):
         findings.add(PARTS_FOLDER, "is a symbolic link or can't be read; nothing below it was checked")
         return True
-    try:
+    there: set[str] = set()
+    with findings.catching(PARTS_FOLDER), suppress(IntegrityError):  # a link in a part, which will tell it
         there = {name.partition("/")[0] for name in storage.sizes(PARTS_FOLDER)}
-    except (FastcacheError, OSError):  # in a part, which tells it, or in nobody's folder
-        return False
     for name in sorted(there - {"zarr.json"} - {record.name for record in records}):
         findings.note(f"{PARTS_FOLDER}/{name}", "has no line in the log, so it doesn't count: a killed run left it")
     return False
