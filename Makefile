@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint package bench clean
+.PHONY: demo test test-faults lint package bench clean
 
 demo: $(VENV)/.runs
 	$(BIN)/fastcache demo
 
 test: $(VENV)/.develops
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/.develops
+	$(BIN)/python -m pytest tests/test_faults.py tests/test_attacks.py tests/test_verify.py -m "long or not long"
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff check .

@@ -61,7 +61,6 @@ def check(candidate: Candidate, data: Data) -> None:
 
 def timed(candidate: Candidate, data: Data) -> float:
     """Seconds to be given all units."""
-    gc.collect()  # mapped files are let go of
     seen = 0
 
     def take(unit: int, rows: Any) -> None:
@@ -81,11 +80,13 @@ def read_rounds(compared: list[Candidate], data: Data, n_rounds: int, cold: bool
         data.shuffle(number)
         turn = number * 5 % len(compared)
         for candidate in compared[turn:] + compared[:turn]:
+            gc.collect()  # mapped files can't be dropped
+            paths = cache_files.files(getattr(data, candidate.files))
             if cold:
-                gc.collect()
-                paths = cache_files.files(getattr(data, candidate.files))
                 cache_files.drop(paths)
                 kept = max(kept, cache_files.resident(paths))
+            else:
+                cache_files.warm(paths)
             times[candidate.name].append(timed(candidate, data))
     return times, kept
 

@@ -132,6 +132,7 @@ def safetensors(data: Data, take: Take, n_threads: int = 1) -> None:
     import torch
     from safetensors import safe_open
 
+    torch.set_num_threads(1)  # to split such small copies takes longer than to copy, many times so on a busy machine
     with ExitStack() as stack:
         paths = [data.safetensors / f"{part}.safetensors" for part in range(data.n_parts)]
         slices = [stack.enter_context(safe_open(path, "pt")).get_slice("rows") for path in paths]
@@ -148,7 +149,9 @@ def safetensors(data: Data, take: Take, n_threads: int = 1) -> None:
 def saelens(data: Data, take: Take, in_order: bool) -> None:
     """In its order and batches, as SAELens reads; or at random, unit by unit, which it doesn't do."""
     import datasets
+    import torch
 
+    torch.set_num_threads(1)
     parts = [datasets.load_from_disk(data.arrow / str(part)) for part in range(data.n_parts)]
     rows = datasets.concatenate_datasets(parts).with_format("torch")
     if not in_order:

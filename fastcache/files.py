@@ -116,11 +116,15 @@ def fsync_tree(root: Path) -> None:
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash leaves either the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # a full disk gets its space back
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
 
 

@@ -126,7 +126,7 @@ def parse_index(data: bytes, n_units: int, unit_bytes: int, shard_bytes: int, wh
     index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
     offsets, lengths = index[:n_units, 0], index[:n_units, 1]
     last = shard_bytes - len(data) - unit_bytes
-    if last < 0 or (lengths != unit_bytes).any() or (offsets > np.uint64(max(last, 0))).any():
+    if len(index) < n_units or last < 0 or (lengths != unit_bytes).any() or (offsets > np.uint64(max(last, 0))).any():
         raise FormatError(f"The index of {where} points out of the shard.")
     if n_units > 1 and (np.diff(np.sort(offsets)) < unit_bytes).any():
         raise FormatError(f"The index of {where} has units that overlap.")

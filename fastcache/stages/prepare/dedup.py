@@ -34,7 +34,7 @@ PIECE_GRAMS = 1 << 12
 """N-grams that a range should have in each file, even if it grows by that: smaller pieces are slow to read."""
 
 
-SMALL_JOB = 1 << 20
+SMALL_JOB = 1 << 25
 """N-grams below which starting processes costs more than it gains."""
 
 
