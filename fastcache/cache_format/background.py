@@ -45,6 +45,8 @@ class Background:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        for _, _, left in self._waiting:
+            left.cancel()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -63,6 +63,9 @@ class ObjectStorage:
             raise IntegrityError(f"{self._url}/{name} ends before byte {offset + len(buffer):,}.")
         buffer[:] = data.cast("B")
 
+    def will_need(self, name: str, offset: int, length: int) -> None:
+        """See `Storage`; nothing here."""
+
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Storage`."""
         prefix = f"{folder}/" if folder else ""

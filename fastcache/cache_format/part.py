@@ -141,6 +141,10 @@ class Part:
             raise FormatError(f"{self.path} has no file {name}. {RESTORE}")
         return self.record.files[name][0]
 
+    def will_need(self, name: str, offset: int, length: int) -> None:
+        """See `Storage.will_need`."""
+        self._storage.will_need(f"{self.folder}/{name}", offset, length)
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """See `Storage.read_into`."""
         self._storage.read_into(f"{self.folder}/{name}", offset, buffer)

@@ -135,6 +135,11 @@ class Int8Array:
         """The arrays of units that it is made of."""
         return [self._rows, self._scales, self._raw]
 
+    def will_need(self, unit: int) -> None:
+        """Say that a unit will be read soon."""
+        self._rows.will_need(unit)
+        self._scales.will_need(unit)
+
     def read_unit(self, unit: int, out: Rows, verify: bool = True) -> None:
         """Fill `out` float32 `[n, d_in]` with the rows of a unit; see `UnitArray.read_unit`."""
         quantised, scales = np.empty(out.shape, np.int8), np.empty((len(out), 1), np.float32)

@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,9 @@ class Storage(Protocol):
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset`; raises `IntegrityError` if the file ends before."""
+
+    def will_need(self, name: str, offset: int, length: int) -> None:
+        """Say that these bytes will be read soon; only a hint."""
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Size of every file below `folder`, by name relative to it; empty if there is none.
@@ -101,6 +104,15 @@ class LocalStorage:
             if isinstance(error, IntegrityError):
                 raise
             raise IntegrityError(f"{self.root}/{name} can't be read: {error.strerror}.") from error
+
+    def will_need(self, name: str, offset: int, length: int) -> None:
+        """See `Storage`; the kernel begins to read, so that a disk has more to do than threads wait for."""
+        with suppress(OSError):  # reading says what is wrong
+            descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Storage`."""

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -11,10 +12,17 @@ import numpy as np
 from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import UNIT_ROWS
 from fastcache.cache_format.unit_array import Rows
-from fastcache.errors import IntegrityError
+from fastcache.errors import FastcacheError, IntegrityError
 
 BLOCK_BYTES = 4 * 2**20
 """Units are handed to a thread by so many bytes at a time: to hand over single small ones would cost more than to read."""
+
+
+BLOCKS_TOLD = 8
+"""Blocks that the system is told of before a thread reads them: a disk is quick only with many requests at a time."""
+
+Place = tuple[int, int, int, int]
+"""Number, part, first row and last row + 1 of a unit."""
 
 
 class ReadUnit(NamedTuple):
@@ -34,7 +42,7 @@ class _Block:
     def __init__(self, n_units: int, cache: Cache) -> None:
         self._buffer = np.empty((n_units, UNIT_ROWS, cache.d_in), cache.row_dtype)
 
-    def read(self, cache: Cache, hook: str, units: list[tuple[int, int, int, int]], verify: bool) -> list[ReadUnit]:
+    def read(self, cache: Cache, hook: str, units: list[Place], verify: bool) -> list[ReadUnit]:
         """Read units, each given as number, part, first row and last row + 1."""
         found = []
         for place, (unit, part, start, stop) in enumerate(units):
@@ -56,17 +64,15 @@ def unit_stream(
     `IntegrityError` when its turn comes, or with `skip` comes with its error.
     """
     hook = cache.require_hook(hook)
-    table = cache.units()
     unit_bytes = UNIT_ROWS * cache.d_in * cache.row_dtype.itemsize
     n_units = max(1, BLOCK_BYTES // unit_bytes)
-    numbers = iter(units)
+    planned = _planned(cache, hook, units, n_units)
     free = [_Block(n_units, cache) for _ in range(n_threads + 2)]
     running: deque[tuple[_Block, Future[list[ReadUnit]]]] = deque()
     with ThreadPoolExecutor(n_threads, "cache-reader") as pool:
 
         def read_ahead() -> None:
-            while free and (chosen := list(islice(numbers, n_units))):
-                places = [(unit, *table[unit].tolist()) for unit in chosen]
+            while free and (places := next(planned, None)):
                 block = free.pop()
                 running.append((block, pool.submit(block.read, cache, hook, places, verify)))
 
@@ -82,3 +88,18 @@ def unit_stream(
                 read_ahead()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _planned(cache: Cache, hook: str, units: Iterable[int], n_units: int) -> Iterator[list[Place]]:
+    """The places of `n_units` units at a time, whose reading the system has been told of some blocks before."""
+    table, numbers = cache.units(), iter(units)
+    told: deque[list[Place]] = deque()
+    while True:
+        while len(told) < BLOCKS_TOLD and (chosen := list(islice(numbers, n_units))):
+            told.append([(unit, *table[unit].tolist()) for unit in chosen])
+            for _, part, start, _ in told[-1]:
+                with suppress(FastcacheError):  # reading it will tell
+                    cache.parts[part].residual_array(hook).will_need(start // UNIT_ROWS)
+        if not told:
+            return
+        yield told.popleft()

@@ -133,6 +133,7 @@ class _Home(Protocol):
     def path(self) -> str: ...
     def file_size(self, name: str) -> int: ...
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None: ...
+    def will_need(self, name: str, offset: int, length: int) -> None: ...
     def through_zarr(self, name: str, selection: Any = ...) -> npt.NDArray[Any]: ...
 
 
@@ -183,6 +184,12 @@ class UnitArray:
     def file(self, shard: int) -> str:
         """Name, in the part, of a shard."""
         return f"{self.name}/{chunk_name(2, shard)}"
+
+    def will_need(self, unit: int) -> None:
+        """Say that a unit will be read soon."""
+        if self.native:
+            shard, slot = divmod(unit, self.units_per_shard)
+            self._home.will_need(self.file(shard), int(self.offsets(shard)[slot]), self.unit_bytes)
 
     def offsets(self, shard: int) -> Index:
         """Offset of each unit in a shard of a native array; raises `IntegrityError`, `FormatError`."""

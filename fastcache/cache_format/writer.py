@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -65,6 +66,8 @@ class PartSink:
     def __init__(self, storage: Storage, manifest: Manifest, queue_bytes: int = QUEUE_BYTES) -> None:
         self.storage, self.manifest = storage, manifest
         self.background = Background(queue_bytes)
+        self.publishing = Background(1)
+        """Flushes one part to disk while the next is built."""
 
     def part(self, index: int, instances: Sequence[Instance]) -> "PartWriter":
         """A writer of part `index` with these instances."""
@@ -76,6 +79,7 @@ class PartSink:
     def drain(self) -> None:
         """Wait until everything that was given is on disk; raises what went wrong."""
         self.background.drain()
+        self.publishing.drain()
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +90,7 @@ class PartSink:
                 self.drain()
         finally:
             self.background.close()
+            self.publishing.close()
 
 
 class PartWriter:
@@ -124,19 +129,26 @@ class PartWriter:
 
     def commit_soon(self, ledger: dict[str, Any]) -> "Future[PartRecord]":
         """Have the part checked, flushed to disk, given its name, and logged: from then on it exists."""
-        return self._writer.background.submit(0, lambda: self._commit(ledger))
+        done: Future[PartRecord] = Future()
+        self._writer.background.submit(0, lambda: self._finish(ledger, done)).add_done_callback(partial(_pass_on, done))
+        return done
 
     def commit(self, ledger: dict[str, Any]) -> PartRecord:
         """`commit_soon`, done when it returns."""
         return self.commit_soon(ledger).result()
 
-    def _commit(self, ledger: dict[str, Any]) -> PartRecord:
+    def _finish(self, ledger: dict[str, Any], done: "Future[PartRecord]") -> None:
         with self._guarded():
-            builder, folder = self._open_builder, self._folder
+            builder = self._open_builder
             files = builder.finish()
             record = PartRecord(self.index, builder.n_tokens, len(self._instances), ledger, files)
-            assert folder is not None  # noqa: S101 - it was made with the builder
-            self._writer.storage.publish(folder, f"{PARTS_FOLDER}/{record.name}")
+            future = self._writer.publishing.submit(1, lambda: self._publish(record))  # waits for the part before
+        future.add_done_callback(partial(_pass_on, done))
+
+    def _publish(self, record: PartRecord) -> PartRecord:
+        with self._guarded():
+            assert self._folder is not None  # noqa: S101 - it was made with the builder
+            self._writer.storage.publish(self._folder, f"{PARTS_FOLDER}/{record.name}")
             self._writer.log_part(record)
             return record
 
@@ -161,6 +173,18 @@ class PartWriter:
                 self._builder.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _pass_on(done: "Future[PartRecord]", step: "Future[PartRecord | None]") -> None:
+    """Settle a commit by what became of one of its two steps; the first one gives no record."""
+    if done.done():
+        return
+    if step.cancelled():
+        done.cancel()
+    elif error := step.exception():
+        done.set_exception(error)
+    elif record := step.result():
+        done.set_result(record)
 
 
 class CacheWriter(PartSink):
