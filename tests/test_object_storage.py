@@ -205,3 +205,21 @@ def test_a_cache_in_a_bucket_is_trained_from_and_inspected(bucket, local, tiny_q
     result = CliRunner().invoke(cli, ["inspect", address])
     assert result.exit_code == 0, result.output
     assert "complete" in result.output
+
+
+def test_damage_in_a_bucket_is_found_and_repaired(bucket, local, tiny_qwen, chat_corpus):
+    from fastcache.cache_format.verify import verify
+    from fastcache.progress import Silent
+    from fastcache.stages.extract.repair import repair
+
+    address = f"{bucket}/cache"
+    run_extract(tiny_qwen, chat_corpus, address)
+    storage = ObjectStorage(address)
+    assert [finding for finding in verify(storage, progress=Silent()) if not finding.is_note] == []
+    shard = f"parts/00000001/{HOOK}/c/0/0"
+    data = bytearray(storage.read(shard))
+    data[99] ^= 8
+    storage.write(shard, bytes(data))
+    assert {finding.part for finding in verify(storage, progress=Silent()) if not finding.is_note} == {1}
+    assert repair(address, Silent()) == [1]
+    assert objects(address) == tree_bytes(local)
