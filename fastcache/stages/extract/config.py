@@ -40,6 +40,12 @@ class ExtractConfig:
         help="Dtype the model runs in. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
     device: str | None = option(None, help="Device of the model. Default: cuda where there is one, else cpu.")
+    pack_tokens: int | None = option(
+        None,
+        help="Tokens that go through the model together; 1 runs one sequence at a time. "
+        "Default: 2,048 on a CPU, 16,384 on a GPU.",
+        at_least=1,
+    )
     unit_tokens: int = option(524_288, help="Tokens of a work unit, which becomes a part of the cache.", at_least=1)
     parity: int = option(8, help="Sequences compared with the plain float32 model first; 0 compares none.", at_least=0)
     revision: str | None = option(None, help="Revision of the model on the hub.")

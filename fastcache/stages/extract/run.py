@@ -156,7 +156,9 @@ def extract(
         if writer.manifest.state == "complete":
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return Cache(writer.storage)
-        backend = TransformersBackend(source, job.hook_points, job.model_dtype, job.device)
+        backend = TransformersBackend(source, job.hook_points, job.model_dtype, job.device, config.pack_tokens)
+        if backend.note:
+            progress.say(backend.note)
         if config.parity and not writer.manifest.parity:
             writer.manifest.parity = _parity(job, sample, backend, progress)
             writer.manifest.save(writer.storage)
