@@ -113,7 +113,9 @@ class Job:
         """What computes parts of the cache at `place`."""
         config = self.config
         hooks, skip = tuple(self.hook_points), config.on_nonfinite == "skip"
-        return Worker(place, self.identity(), self.source, hooks, self.model_dtype, self.devices, skip)
+        return Worker(
+            place, self.identity(), self.source, hooks, self.model_dtype, self.devices, config.pack_tokens, skip
+        )
 
     def units(self) -> Iterator[Unit]:
         """The work units, from the beginning."""
@@ -185,17 +187,20 @@ def extract(
             writer.manifest.state = "writing"
             writer.save_manifest()
         worker = job.worker(writer.storage.url)
-        backend = worker.backend() if job.n_workers == 1 else None
-        if config.parity and not writer.manifest.parity:
-            writer.manifest.parity = _parity(job, sample, backend or worker.backend(), progress)
+        backend = worker.backend() if job.n_workers == 1 or (config.parity and not writer.manifest.parity) else None
+        if backend is not None and backend.note:
+            progress.say(backend.note)
+        if backend is not None and config.parity and not writer.manifest.parity:
+            writer.manifest.parity = _parity(job, sample, backend, progress)
             writer.save_manifest()
         path = out / STATUS_FILE if isinstance(out, Path) else None
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
             status = Status(task, progress, expected_tokens, row_bytes, path)
             failed: dict[int, str] = {}
-            if backend is not None:
+            if backend is not None and job.n_workers == 1:
                 compute_here(job.units(), writer, backend, worker.skip_nonfinite, status)
             else:
+                del backend  # each worker has its own
                 failed = compute_by_crew(job.units(), writer, worker, job.n_workers, status)
             status.state = "computed"
             status.write()
