@@ -15,7 +15,7 @@ from conftest import edit_manifest, run_extract, tree_bytes
 from safetensors.numpy import load_file, save_file
 
 import fastcache
-from fastcache.errors import NonFiniteError
+from fastcache.errors import InputError, NonFiniteError
 
 HOOK = "resid_post.1"
 UNIT = 400
@@ -173,3 +173,23 @@ def test_the_status_file_tells_where_the_run_stands(alone):
     assert status["state"] == "computed"
     assert status["tokens"] == cache.n_tokens
     assert status["units_done"] == len(cache.parts)
+
+
+def test_a_repair_leaves_failed_units_failed(rare_model, rare_corpus, tmp_path):
+    from fastcache.progress import Silent
+    from fastcache.stages.extract.repair import repair
+
+    out = tmp_path / "cache"
+    before = run_extract(rare_model, rare_corpus, out, unit_tokens=UNIT, workers=2, parity=0)
+    index = before.parts[0].record.index
+    chunk = out / f"parts/{index:08d}/token_ids/c/0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    assert repair(out, Silent()) == [index]
+    after = fastcache.open_cache(out)
+    assert after.manifest.failed == before.manifest.failed
+    assert after.manifest.ledger == before.manifest.ledger
+
+
+def test_blocks_can_not_be_skipped(tiny_qwen, chat_corpus, tmp_path):
+    with pytest.raises(InputError, match="for --method fast"):
+        run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", method="bt-f", on_nonfinite="skip")

@@ -143,6 +143,9 @@ def load_manifest(storage: Storage) -> Manifest:
         raise FormatError(f"{path}: state {fields['state']!r} is not one of {', '.join(STATES)}.")
     _check_identity(fields.get("identity", {}), path)
     _check_files(fields.get("files", {}), path)
+    for unit, reason in fields.get("failed", {}).items():
+        if not re.fullmatch(r"[0-9]{1,15}", unit) or not isinstance(reason, str):
+            raise FormatError(f"{path}: failed should map numbers of units to reasons, found {unit!r}.")
     return Manifest(**fields)
 
 

@@ -114,7 +114,9 @@ def _damaged(storage: Storage, manifest: Manifest, problems: list[Finding]) -> s
     n_parts = manifest.totals.get("n_parts", 0) if manifest.state == "complete" else 0
     if type(n_parts) is not int or n_parts > 2**24:
         raise FormatError(f"{storage.url}/{MANIFEST_FILE}: n_parts is {n_parts!r}. Restore the file from a copy.")
-    return damaged | (set(range(n_parts)) - {record.index for record in Log(storage).records})
+    failed = {int(index) for index in manifest.failed}  # these were never made
+    expected = set(range(n_parts + len(failed))) - failed
+    return damaged | (expected - {record.index for record in Log(storage).records})
 
 
 def _job(config: ExtractConfig, manifest: Manifest, corpus: str | None, device: str | None) -> Job:

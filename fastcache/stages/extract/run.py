@@ -61,6 +61,10 @@ class Job:
             raise InputError(
                 f"--method {self.config.method} needs a {wanted} corpus, but {self.corpus.path} holds {self.corpus.kind}."
             )
+        if self.config.on_nonfinite == "skip" and self.config.method != "fast":
+            raise InputError(
+                "--on-nonfinite skip is for --method fast: a block can't be left out without its neighbours."
+            )
         self.device = choose_device(self.config.device)
         context = getattr(self.llm_config, "max_position_embeddings", None) or self.config.max_length
         self.max_length = min(self.config.max_length, context)
@@ -219,9 +223,10 @@ def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progre
 def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) -> Cache:
     """Check the totals and mark the cache complete; a manifest that says so already is left alone.
 
-    `failed` are the units that were given up, with the reason: their rows are in the ledger.
+    `failed` are the units that were given up, with the reason: their rows are in the ledger. None: those of before.
     """
-    failed = failed or {}
+    if failed is None:
+        failed = {int(index): reason for index, reason in writer.manifest.failed.items()}
     before = writer.manifest.to_bytes()
     records = [writer.committed[index] for index in sorted(writer.committed)]
     if failed and not records:
