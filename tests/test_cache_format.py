@@ -292,7 +292,9 @@ json_values = st.recursive(
 @given(
     raw=st.fixed_dictionaries(
         {"format": st.just("fastcache"), "format_version": st.just("1.0")},
-        optional=dict.fromkeys(("identity", "state", "parity", "totals", "ledger", "statistics", "files", "failed"), json_values),
+        optional=dict.fromkeys(
+            ("identity", "state", "parity", "totals", "ledger", "statistics", "files", "failed"), json_values
+        ),
     )
 )
 def test_no_manifest_crashes_the_reader(raw, tmp_path_factory):
