@@ -108,6 +108,8 @@ class Part:
 
     def residual_array(self, hook: str) -> UnitArray | Int8Array:
         """The opened array of a hook point."""
+        if hook in self._residuals:  # without the lock: this is asked for every unit
+            return self._residuals[hook]
         with self._lock:
             if hook not in self._residuals:
                 self._residuals[hook] = self._open_residuals(hook)
