@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
+# As the backend sets it: MKL asks once, at its first product, whichever test makes that.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 from fastcache.assets import DEMO
 

@@ -15,6 +15,8 @@ class Backend(Protocol):
     """A loaded model whose residual stream is captured at some hook points."""
 
     hook_points: list[str]
+    note: str | None
+    """What a user should know of how the model is run, if anything."""
 
     def residuals(self, sequences: Iterable[TokenIds]) -> Iterator[Residuals]:
         """The residuals of each sequence, in order, each as if the model had seen nothing else.

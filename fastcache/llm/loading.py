@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,8 @@ class ModelSource:
 
 
 @contextmanager
-def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn the errors of loading into one paragraph; keep transformers' own messages off the screen."""
+def quiet() -> Iterator[None]:
+    """Keep transformers' own messages off the screen."""
     from transformers.utils.logging import disable_progress_bar
 
     logger = logging.getLogger("transformers")
@@ -62,6 +62,16 @@ def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
     disable_progress_bar()
     try:
         yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """Turn the errors of loading into one paragraph."""
+    try:
+        with quiet():
+            yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         if source.is_local:
@@ -71,8 +81,6 @@ def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
                 "It is no folder here, and the hub could not give it: check the name, the network, or `hf auth login`"
             )
         raise ModelError(f"The {what} of model {source.name!r} can't be loaded. {advice}. ({reason})") from error
-    finally:
-        logger.setLevel(level)
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
@@ -102,6 +110,11 @@ def load_config(source: ModelSource) -> Any:
     source.require_existing()
     with _clear_errors(source, "configuration"):
         config = AutoConfig.from_pretrained(source.path, **source.keywords())
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"Model {source.name!r} is an encoder-decoder ({config.model_type}); fastcache caches decoder-only models, "
+            "whose layers see one sequence. Choose one of those."
+        )
     return config.get_text_config(decoder=True)
 
 
@@ -132,7 +145,8 @@ def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtyp
         config.num_hidden_layers = n_layers
         for name in ("layer_types", "mlp_layer_types"):
             if getattr(config, name, None):
-                setattr(config, name, getattr(config, name)[:n_layers])
+                with suppress(AttributeError):  # some models (Mamba, Jamba) work it out themselves
+                    setattr(config, name, getattr(config, name)[:n_layers])
     with _clear_errors(source, "weights"):
         model = AutoModel.from_pretrained(source.path, config=config, dtype=dtype, **source.keywords())
     return model.to(device).eval()

@@ -1,37 +1,96 @@
-"""Residuals through transformers: one sequence at a time, so nothing but its own tokens can touch it.
+"""Residuals through transformers: sequences lie end to end in packs of a token budget, and none sees another.
 
-No padding, no batching, no KV cache: each value is what a plain forward pass of that sequence gives. The residual
-stream is taken by a hook on the decoder layer: `output_hidden_states` of a model that was cut at that layer would give
-the tensor after the final norm instead.
+No padding and no KV cache: with one, transformers doesn't notice the pack and attends across it. Positions begin at 0
+in each sequence, and attention goes by segments (`packed_attention`). A self-check when the model is loaded compares a
+pack with its sequences one at a time; a model that doesn't pass is run one sequence at a time, and `note` says why.
+
+The residual stream is taken by a hook on the decoder layer: `output_hidden_states` of a model that was cut at that
+layer would give the tensor after the final norm instead.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import Residuals, TokenIds
-from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_base_model, load_config
+from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_base_model, load_config, quiet
+from fastcache.llm.packed_attention import NAME, Segments, UnknownAttentionError, register
+from fastcache.llm.parity import RELATIVE_LIMITS
+
+# MKL picks its float32 kernels by the number of rows and of threads, and they round differently: a sequence would
+# depend on its neighbours in the last bit. Strict mode ends that at no cost seen. MKL asks once, at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACK_TOKENS = {"cpu": 2048, "cuda": 16_384}
+"""Tokens of a pack by device: enough to keep the device busy, few enough to keep its memory small."""
+CHECK_LENGTHS = (40, 1, 150, 3, 14)
+"""Sequences of the self-check. A single token is where products over other numbers of rows differ first."""
+
+
+class _Launched:
+    """A pack whose residuals are on their way to the host."""
+
+    def __init__(self, segments: Segments, captured: dict[str, torch.Tensor]) -> None:
+        self.segments = segments
+        on_cuda = any(states.is_cuda for states in captured.values())
+        self._hosts = {name: self._to_host(states) for name, states in captured.items()}
+        self._event = torch.cuda.Event() if on_cuda else None
+        if self._event:
+            self._event.record()
+
+    @staticmethod
+    def _to_host(states: torch.Tensor) -> torch.Tensor:
+        if not states.is_cuda:
+            return states.cpu()
+        # Into pinned memory the copy runs behind the model's back; the next pack can start meanwhile.
+        return torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states, non_blocking=True)
+
+    def residuals(self) -> Iterator[Residuals]:
+        """What each sequence of the pack gets: rows of one array, made for this pack alone."""
+        if self._event:
+            self._event.synchronize()
+        arrays = {name: states.float().numpy() for name, states in self._hosts.items()}
+        for start, stop in pairwise(self.segments.bounds):
+            yield {name: array[start:stop] for name, array in arrays.items()}
 
 
 class TransformersBackend:
     """A model cut after its deepest captured layer."""
 
-    def __init__(self, source: ModelSource, hook_points: Sequence[str], dtype: str, device: str) -> None:
-        """Load the model; raises `ModelError` or, for a layer out of range, `InputError`."""
+    def __init__(
+        self,
+        source: ModelSource,
+        hook_points: Sequence[str],
+        dtype: str,
+        device: str,
+        pack_tokens: int | None = None,
+    ) -> None:
+        """Load the model; raises `ModelError` or, for a layer out of range, `InputError`.
+
+        `pack_tokens` 1 runs one sequence at a time.
+        """
         check_layers(load_config(source), list(hook_points), source)
         self.hook_points = list(hook_points)
         self.device = device
+        self.note: str | None = None
+        """Why sequences are run one at a time, if they are."""
+        self._dtype = dtype
         n_layers = max(layer_of(hook) for hook in hook_points) + 1
-        self._model = load_base_model(source, n_layers, DTYPES[dtype], self.device)
+        self._model: Any = load_base_model(source, n_layers, DTYPES[dtype], self.device)
         self._captured: dict[str, torch.Tensor] = {}
         layers = decoder_layers(self._model, n_layers)
         for hook in self.hook_points:
             layers[layer_of(hook)].register_forward_hook(self._capture(hook))
+        self._pack_tokens = PACK_TOKENS.get(torch.device(device).type, 4096) if pack_tokens is None else pack_tokens
+        if self._pack_tokens > 1:
+            self._use_packs()
 
     def _capture(self, name: str) -> Any:
         def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
@@ -40,11 +99,96 @@ class TransformersBackend:
         return hook
 
     def residuals(self, sequences: Iterable[TokenIds]) -> Iterator[Residuals]:
-        """See `Backend`."""
-        return map(self._residuals, sequences)
+        """See `Backend`. Takes two packs ahead; which sequences share a pack depends on `sequences` alone."""
+        launched = None
+        for pack in packs(sequences, self._pack_tokens):
+            following = self._run(pack)
+            if launched:
+                yield from launched.residuals()
+            launched = following
+        if launched:
+            yield from launched.residuals()
 
     @torch.inference_mode()
-    def _residuals(self, token_ids: TokenIds) -> Residuals:
-        self._model(input_ids=torch.from_numpy(token_ids.astype(np.int64))[None].to(self.device), use_cache=False)
+    def _run(self, pack: Sequence[TokenIds]) -> _Launched:
+        segments = Segments.of([len(token_ids) for token_ids in pack], self.device)
+        token_ids = torch.from_numpy(np.concatenate(pack).astype(np.int64))[None].to(self.device)
+        packed = {}
+        if self._pack_tokens > 1:
+            packed = {"position_ids": segments.positions()[None].to(self.device), "fastcache_segments": segments}
+        self._model(input_ids=token_ids, use_cache=False, **packed)
         captured, self._captured = self._captured, {}
-        return {name: value[0].float().cpu().numpy() for name, value in captured.items()}
+        return _Launched(segments, {name: states[0] for name, states in captured.items()})
+
+    def _use_packs(self) -> None:
+        """Change over to packs, unless the self-check finds that this model can't."""
+        register()
+        plain, pack_tokens = self._model.config._attn_implementation, self._pack_tokens
+        rng = np.random.default_rng(0)
+        n_vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        sequences = [rng.integers(0, n_vocabulary, length).astype(np.int32) for length in CHECK_LENGTHS]
+        self._pack_tokens = 1
+        alone = list(self.residuals(sequences))
+        self._pack_tokens = pack_tokens
+        with quiet():  # a model that can't says so below, in our words
+            self._model.set_attn_implementation(NAME)
+        reason = self._difference(sequences, alone)
+        if reason:
+            self._pack_tokens = 1
+            self._captured = {}
+            self._model.set_attn_implementation(plain)
+            self.note = f"Sequences go through the model one at a time, not in packs: {reason}."
+
+    def _difference(self, sequences: Sequence[TokenIds], alone: Sequence[Residuals]) -> str:
+        """What tells sequences in one pack from the same `alone`; empty if nothing does."""
+        try:
+            launched = self._run(sequences)
+        except (UnknownAttentionError, TypeError, ValueError, RuntimeError) as error:
+            return str(error).split("\n")[0][:200]
+        if not launched.segments.windows:
+            return "transformers can't exchange its attention"
+        if reason := window_mismatch(self._model.config.get_text_config(decoder=True), launched.segments.windows):
+            return reason
+        exact = self._dtype == "float32" and self.device == "cpu"
+        for one, other in zip(launched.residuals(), alone, strict=True):
+            for hook in self.hook_points:
+                if exact and not np.array_equal(one[hook], other[hook]):
+                    return "the model gives other bits for a sequence that has neighbours"
+                if not _relative(one[hook], other[hook]) <= RELATIVE_LIMITS[self._dtype]:
+                    return "the model gives other values for a sequence that has neighbours"
+        return ""
+
+
+def _relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def packs(sequences: Iterable[TokenIds], pack_tokens: int) -> Iterator[list[TokenIds]]:
+    """Consecutive sequences of at most `pack_tokens` together; a longer one goes alone."""
+    pack: list[TokenIds] = []
+    total = 0
+    for token_ids in sequences:
+        if pack and total + len(token_ids) > pack_tokens:
+            yield pack
+            pack, total = [], 0
+        pack.append(token_ids)
+        total += len(token_ids)
+    if pack:
+        yield pack
+
+
+def window_mismatch(config: Any, windows: dict[int, int | None]) -> str:
+    """Why the windows that the layers asked of attention aren't those of the configuration; empty if they are.
+
+    The sequences of the self-check are shorter than most windows, so that their values say nothing of them.
+    """
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if types is None:
+        types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        return f"it has layers of {', '.join(unknown)}"
+    expected = {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)}
+    if windows != expected:
+        return "its layers don't say which of them have a sliding window"
+    return ""

@@ -35,11 +35,12 @@ class Worker:
     model_dtype: str
     devices: tuple[str, ...]
     skip_nonfinite: bool
+    pack_tokens: int | None
 
     def backend(self, number: int = 0) -> Backend:
         """The model on the device of worker `number`."""
         device = self.devices[number % len(self.devices)]
-        return TransformersBackend(self.source, self.hook_points, self.model_dtype, device)
+        return TransformersBackend(self.source, self.hook_points, self.model_dtype, device, self.pack_tokens)
 
 
 def _begin(worker: Worker, number: int) -> Work:

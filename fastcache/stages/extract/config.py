@@ -47,6 +47,12 @@ class ExtractConfig:
     on_nonfinite: str = option(
         "stop", choices=("stop", "skip"), help="At NaN or infinity: stop, or skip the dialogue and count it."
     )
+    pack_tokens: int | None = option(
+        None,
+        help="Tokens that go through the model together; 1 runs one sequence at a time. "
+        "Default: 2,048 on a CPU, 16,384 on a GPU.",
+        at_least=1,
+    )
     unit_tokens: int = option(524_288, help="Tokens of a work unit, which becomes a part of the cache.", at_least=1)
     parity: int = option(8, help="Sequences compared with the plain float32 model first; 0 compares none.", at_least=0)
     revision: str | None = option(None, help="Revision of the model on the hub.")

@@ -113,7 +113,9 @@ class Job:
         """What computes parts of the cache at `place`."""
         config = self.config
         hooks, skip = tuple(self.hook_points), config.on_nonfinite == "skip"
-        return Worker(place, self.identity(), self.source, hooks, self.model_dtype, self.devices, skip)
+        return Worker(
+            place, self.identity(), self.source, hooks, self.model_dtype, self.devices, skip, config.pack_tokens
+        )
 
     def units(self) -> Iterator[Unit]:
         """The work units, from the beginning."""
@@ -185,9 +187,9 @@ def extract(
             writer.manifest.state = "writing"
             writer.save_manifest()
         worker = job.worker(writer.storage.url)
-        backend = worker.backend() if job.n_workers == 1 else None
+        backend = _begun(worker, progress) if job.n_workers == 1 else None
         if config.parity and not writer.manifest.parity:
-            writer.manifest.parity = _parity(job, sample, backend or worker.backend(), progress)
+            writer.manifest.parity = _parity(job, sample, backend or _begun(worker, progress), progress)
             writer.save_manifest()
         path = out / STATUS_FILE if isinstance(out, Path) else None
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
@@ -200,6 +202,14 @@ def extract(
             status.state = "computed"
             status.write()
         return finish(writer, job, failed)
+
+
+def _begun(worker: Worker, progress: Progress) -> Backend:
+    """The backend, after its word on how it runs the model."""
+    backend = worker.backend()
+    if backend.note:
+        progress.say(backend.note)
+    return backend
 
 
 def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
