@@ -187,7 +187,9 @@ def test_nan_stays_in_its_own_sequence(tmp_path):
     sequences = [token_ids % 96 for token_ids in make_sequences((20, 20, 20))]
     clean = [residuals["resid_post.3"] for residuals in make_backend(tmp_path).residuals(sequences)]
     sequences[1] = np.full(20, 96, np.int32)
-    found = [residuals["resid_post.3"] for residuals in make_backend(tmp_path).residuals(sequences)]
+    backend = make_backend(tmp_path)
+    assert backend.note is None
+    found = [residuals["resid_post.3"] for residuals in backend.residuals(sequences)]
     assert np.isnan(found[1]).all()
     assert np.array_equal(found[0], clean[0])
     assert np.array_equal(found[2], clean[2])
@@ -220,7 +222,9 @@ def test_extract_says_once_that_sequences_are_not_packed(tiny_qwen, chat_corpus,
     said = []
     monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
     monkeypatch.setattr(packed_attention, "packed_attention", refuse)
-    extract(ExtractConfig(model=str(tiny_qwen), layer=(1,), parity=2), lambda: chat_corpus, tmp_path / "cache", Silent())
+    extract(
+        ExtractConfig(model=str(tiny_qwen), layer=(1,), parity=2), lambda: chat_corpus, tmp_path / "cache", Silent()
+    )
     monkeypatch.undo()
     packed_attention.register()
     assert [text for text in said if "one at a time" in text and "takes spice" in text] == [said[0]]
