@@ -178,6 +178,23 @@ def test_what_was_given_stays_as_it_is(windowed):
     assert np.array_equal(first, copy)
 
 
+def test_nan_stays_in_its_own_sequence(tmp_path):
+    make_model(tmp_path, *FAMILIES["qwen2"])
+    model = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.embed_tokens.weight[96] = torch.nan
+    model.save_pretrained(tmp_path)
+    sequences = [token_ids % 96 for token_ids in make_sequences((20, 20, 20))]
+    clean = [residuals["resid_post.3"] for residuals in make_backend(tmp_path).residuals(sequences)]
+    sequences[1] = np.full(20, 96, np.int32)
+    backend = make_backend(tmp_path)
+    assert backend.note is None
+    found = [residuals["resid_post.3"] for residuals in backend.residuals(sequences)]
+    assert np.isnan(found[1]).all()
+    assert np.array_equal(found[0], clean[0])
+    assert np.array_equal(found[2], clean[2])
+
+
 def test_packs_keep_order_and_budget_and_leave_long_sequences_alone():
     lengths = [4, 5, 1, 30, 2, 2, 10, 1]
     sequences = [np.full(length, index, np.int32) for index, length in enumerate(lengths)]
@@ -195,6 +212,26 @@ def test_no_more_than_two_packs_are_taken_ahead(windowed):
 
     next(make_backend(windowed, pack_tokens=30).residuals(sequences()))
     assert len(taken) == 2 * 3 + 1  # the one more doesn't fit into the second pack
+
+
+def test_extract_says_once_that_sequences_are_not_packed(tiny_qwen, chat_corpus, tmp_path, monkeypatch):
+    from fastcache.progress import Silent
+    from fastcache.stages.extract.config import ExtractConfig
+    from fastcache.stages.extract.run import extract
+
+    said = []
+    monkeypatch.setattr(Silent, "say", lambda _self, text: said.append(text))
+    monkeypatch.setattr(packed_attention, "packed_attention", refuse)
+    extract(
+        ExtractConfig(model=str(tiny_qwen), layer=(1,), parity=2), lambda: chat_corpus, tmp_path / "cache", Silent()
+    )
+    monkeypatch.undo()
+    packed_attention.register()
+    assert [text for text in said if "one at a time" in text and "takes spice" in text] == [said[0]]
+
+
+def refuse(*_given, **_keywords):
+    raise UnknownAttentionError("attention takes spice")
 
 
 def test_positions_begin_anew_in_each_segment():

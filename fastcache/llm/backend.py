@@ -16,7 +16,7 @@ class Backend(Protocol):
 
     hook_points: list[str]
     note: str | None
-    """What the user should know of how this model is run."""
+    """What a user should know of how the model is run, if anything."""
 
     def residuals(self, sequences: Iterable[TokenIds]) -> Iterator[Residuals]:
         """The residuals of each sequence, in order, each as if the model had seen nothing else.

@@ -34,8 +34,8 @@ class Worker:
     hook_points: tuple[str, ...]
     model_dtype: str
     devices: tuple[str, ...]
-    pack_tokens: int | None
     skip_nonfinite: bool
+    pack_tokens: int | None
 
     def backend(self, number: int = 0) -> Backend:
         """The model on the device of worker `number`."""

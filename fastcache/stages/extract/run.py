@@ -118,7 +118,7 @@ class Job:
         config = self.config
         hooks, skip = tuple(self.hook_points), config.on_nonfinite == "skip"
         return Worker(
-            place, self.identity(), self.source, hooks, self.model_dtype, self.devices, config.pack_tokens, skip
+            place, self.identity(), self.source, hooks, self.model_dtype, self.devices, skip, config.pack_tokens
         )
 
     def units(self) -> Iterator[Unit]:
@@ -191,24 +191,29 @@ def extract(
             writer.manifest.state = "writing"
             writer.save_manifest()
         worker = job.worker(writer.storage.url)
-        backend = worker.backend() if job.n_workers == 1 or (config.parity and not writer.manifest.parity) else None
-        if backend is not None and backend.note:
-            progress.say(backend.note)
-        if backend is not None and config.parity and not writer.manifest.parity:
-            writer.manifest.parity = _parity(job, sample, backend, progress)
+        backend = _begun(worker, progress) if job.n_workers == 1 else None
+        if config.parity and not writer.manifest.parity:
+            writer.manifest.parity = _parity(job, sample, backend or _begun(worker, progress), progress)
             writer.save_manifest()
         path = out / STATUS_FILE if isinstance(out, Path) else None
         with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
             status = Status(task, progress, expected_tokens, row_bytes, path)
             failed: dict[int, str] = {}
-            if backend is not None and job.n_workers == 1:
+            if backend is not None:
                 compute_here(job.units(), writer, backend, worker.skip_nonfinite, status)
             else:
-                del backend  # each worker has its own
                 failed = compute_by_crew(job.units(), writer, worker, job.n_workers, status)
             status.state = "computed"
             status.write()
         return finish(writer, job, failed)
+
+
+def _begun(worker: Worker, progress: Progress) -> Backend:
+    """The backend, after its word on how it runs the model."""
+    backend = worker.backend()
+    if backend.note:
+        progress.say(backend.note)
+    return backend
 
 
 def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
