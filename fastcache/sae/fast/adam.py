@@ -1,0 +1,74 @@
+"""Adam with clipping and unit decoder rows in one pass over the parameters."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcache.sae.fast import adam_kernels as kernels
+from fastcache.sae.fast.dense import arrays
+from fastcache.sae.fast.threads import compiles, spread
+
+
+class FastAdam(torch.optim.Adam):
+    """torch's Adam with the same state, and a step that clips, projects and normalises on its way."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As torch's, with the moments laid out in memory as their parameters are: a step goes over both side by side."""
+        super().load_state_dict(dict(state_dict))
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+
+    @torch.no_grad()
+    def clipped_step(self, lr: float, clip_norm: float, unit_rows: nn.Parameter | None) -> None:
+        """One step with learning rate `lr`, after the gradient was clipped to `clip_norm` (0: not).
+
+        `unit_rows` has rows of unit norm, and keeps them: see `adam_kernels.adam`. Needs float parameters on a CPU.
+        """
+        parameters = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        scale = 1.0
+        if clip_norm:
+            norm = float(torch.stack([_squared_norm(_flat(p.grad, p)) for p in parameters]).sum()) ** 0.5
+            # Not min: a norm that is NaN has to show.
+            scale = 1.0 if norm + 1e-6 <= clip_norm else clip_norm / (norm + 1e-6)
+        for parameter in parameters:
+            self._update(parameter, lr, scale, parameter is unit_rows)
+
+    def _update(self, parameter: nn.Parameter, lr: float, scale: float, unit_rows: bool) -> None:
+        group, state = self.param_groups[0], self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        (beta1, beta2), t = group["betas"], float(state["step"])
+        weights = _flat(parameter, parameter)
+        number = weights.numpy().dtype.type
+        rest = scale, 1 - beta1, 1 - beta2, lr / (1 - beta1**t), (1 - beta2**t) ** 0.5, group["eps"]
+        moments = (_flat(state[name], parameter) for name in ("exp_avg", "exp_avg_sq"))
+        tensors = arrays(weights, _flat(parameter.grad, parameter), *moments)
+        spread(kernels.adam, len(weights), *tensors, *map(number, rest), unit_rows)
+
+
+def usable(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether `clipped_step` can be used for these."""
+    return compiles and all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in parameters)
+
+
+def _flat(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """`tensor` as rows in the order of the parameter's memory; a vector as one row."""
+    assert tensor is not None  # noqa: S101 - the caller has looked
+    if parameter.dim() == 1:
+        return tensor.detach().contiguous()[None]
+    laid_out = tensor if parameter.is_contiguous() else tensor.T
+    return laid_out.detach().contiguous()
+
+
+def _squared_norm(grads: Tensor) -> Tensor:
+    squares = torch.empty(len(grads), dtype=grads.dtype)
+    spread(kernels.squared_norms, len(grads), *arrays(grads, squares))
+    return squares.sum(dtype=torch.double)
