@@ -5,6 +5,7 @@ Both kinds do the same and hold to the same interface; the compiled ones are for
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,9 @@ from fastcache.sae.fast.threads import spread
 MIN_GROUP, N_GROUPS = 16, 64
 """Rows are cut into at most `N_GROUPS` groups, by the size of the batch alone."""
 
-BITS: dict[torch.dtype, tuple[torch.dtype, int]] = {
-    torch.float32: (torch.int32, -(2**31)),
-    torch.float64: (torch.int64, -(2**63)),
+BITS: dict[torch.dtype, tuple[torch.dtype, Any]] = {
+    torch.float32: (torch.int32, np.int32(-(2**31))),
+    torch.float64: (torch.int64, np.int64(-(2**63))),
 }
 """Integers of the same width, and the one that -0.0 is."""
 
