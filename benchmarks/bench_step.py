@@ -12,6 +12,7 @@ import torch
 
 from fastcache.sae.init import initialise
 from fastcache.stages.train.config import TrainConfig
+from fastcache.stages.train.recipe import resolve
 from fastcache.stages.train.trainer import Trainer, build_sae
 
 SHAPES = ((256, 8, 4096), (896, 8, 1024))  # d_in, expansion, batch
@@ -59,11 +60,12 @@ def timed(function) -> float:
 
 
 def compare(arch: str, d_in: int, expansion: int, batch: int) -> tuple[float, float]:
-    config = TrainConfig(cache="", arch=arch, expansion=expansion, coefficient=0.1, lr=1e-4)
+    config = TrainConfig(cache="", recipe="fast-paper", arch=arch, expansion=expansion, coefficient=0.1, lr=1e-4)
+    recipe = resolve(config, d_in, n_rows=128_000)
     x = torch.randn(batch, d_in)
-    ours = Trainer(config, d_in, 1000, "cpu")
+    ours = Trainer(recipe, "cpu")
     ours.initialise(x)
-    sae = build_sae(config, d_in)
+    sae = build_sae(recipe)
     initialise(sae, x, torch.Generator().manual_seed(config.seed))
     for value in sae.parameters():
         value.requires_grad_()

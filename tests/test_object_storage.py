@@ -199,7 +199,11 @@ def test_a_cache_in_a_bucket_is_trained_from_and_inspected(bucket, local, tiny_q
     run_extract(tiny_qwen, chat_corpus, address)
     weights = []
     for name, cache in (("local", str(local)), ("remote", address)):
-        train(TrainConfig(cache=cache, arch="standard", tokens=1280, expansion=2), tmp_path / name, Silent())
+        train(
+            TrainConfig(cache=cache, arch="standard", batch_size=128, tokens=1280, expansion=2),
+            tmp_path / name,
+            Silent(),
+        )
         weights.append(load_sae(tmp_path / name)[0].W_dec.detach().numpy())
     assert np.array_equal(*weights)
     result = CliRunner().invoke(cli, ["inspect", address])

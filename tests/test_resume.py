@@ -71,7 +71,8 @@ def test_a_resumed_extraction_keeps_the_parts_that_are_there(tiny_qwen, chat_cor
 
 
 TRAIN = (
-    "--arch", "jumprelu", "--layer", "1", "--batch-size", "16", "--tokens", "24_000", "--checkpoint-every", "50",
+    "--arch", "jumprelu", "--recipe", "fast-paper",
+    "--layer", "1", "--batch-size", "16", "--tokens", "24_000", "--checkpoint-every", "50",
     "--log-every", "10", "--lr", "1e-3", "--threshold", "0.1", "--bandwidth", "0.2", "--buffer-tokens", "900",
 )  # fmt: skip
 

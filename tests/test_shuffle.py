@@ -131,7 +131,11 @@ def test_inspect_measures_the_batches_that_training_gets(small_cache, tmp_path, 
 
     monkeypatch.setattr(MixingBuffer, "next_batch", recorded)
     settings = {"layer": 1, "batch_size": 64, "buffer_tokens": 700, "seed": 9}
-    train(TrainConfig(cache=str(small_cache), arch="standard", **settings), tmp_path / "sae", Silent())
+    train(
+        TrainConfig(cache=str(small_cache), arch="standard", recipe="fast-paper", **settings),
+        tmp_path / "sae",
+        Silent(),
+    )
     inspect(capsys, small_cache, "--shuffle", "--batch-size=64", "--buffer-tokens=700", "--seed=9")
     n_batches = fastcache.open_cache(small_cache).n_tokens // 64
     assert len(given) == n_batches

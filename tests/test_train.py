@@ -84,7 +84,15 @@ def test_a_restored_buffer_goes_on_with_the_same_batches(cache, n_before):
 
 
 def config_for(cache, **settings):
-    defaults = {"arch": "standard", "layer": 1, "batch_size": 64, "lr": 3e-3, "expansion": 4, "log_every": 10}
+    defaults = {
+        "arch": "standard",
+        "layer": 1,
+        "recipe": "fast-paper",
+        "batch_size": 64,
+        "lr": 3e-3,
+        "expansion": 4,
+        "log_every": 10,
+    }
     return TrainConfig(cache=str(cache), **{**defaults, **settings})
 
 

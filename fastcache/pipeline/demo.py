@@ -24,7 +24,7 @@ METHODS = ("fast", "bt-f", "bt-p")
 LAYERS = (2, 4)
 DEFAULT_TOKENS = 160_000
 
-SHORT_RUN: dict[str, Any] = {"batch_size": 256, "lr": 2e-3, "lr_end": 2e-4}
+SHORT_RUN: dict[str, Any] = {"recipe": "fast-paper", "batch_size": 256, "lr": 2e-3, "lr_end": 2e-4}
 """The paper's learning rate is for 320,000 steps; the demo makes some 600."""
 
 SPARSITY: dict[str, dict[str, Any]] = {

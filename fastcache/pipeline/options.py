@@ -34,7 +34,7 @@ def _click_option(field: "dataclasses.Field[Any]", kind: Any) -> Decorator:
         help_text += f"  [default: {shown}]"
     choices = field.metadata["choices"]
     if base is bool:
-        names = f"{flag}/--no-{flag[2:]}" if field.default else flag
+        names = f"{flag}/--no-{flag[2:]}" if field.default is not False else flag
         return click.option(names, is_flag=True, default=None, help=help_text)
     # Numbers are taken as text, so that 40_960_000 and 40,960,000 are understood and errors are ours.
     shown_type = click.Choice(choices) if choices else click.STRING

@@ -1,13 +1,16 @@
-"""Initialisation (docs/method.md): Kaiming uniform weights, unit decoder rows, b_dec the geometric median."""
+"""Initialisation (docs/train.md): unit decoder rows, b_dec the geometric median; thresholds from a sample."""
 
 import torch
 from torch import Tensor
 
-from fastcache.sae.architectures import JumpReluSae, Sae
+from fastcache.sae.architectures import GatedSae, JumpReluSae, Sae
 
 MEDIAN_EPS = 1e-6
 MEDIAN_FTOL = 1e-20
 MEDIAN_MAX_STEPS = 100
+THRESHOLD_ROWS = 4096
+THRESHOLD_LATENTS = 1024
+"""Latents whose pre-activations are held at a time."""
 
 
 def geometric_median(points: Tensor, max_steps: int = MEDIAN_MAX_STEPS) -> Tensor:
@@ -33,18 +36,37 @@ def _weighted_distance(points: Tensor, median: Tensor, weights: Tensor) -> float
 
 
 @torch.no_grad()
-def initialise(sae: Sae, sample: Tensor, generator: torch.Generator) -> None:
+def initialise(sae: Sae, sample: Tensor, generator: torch.Generator, tied: bool = False) -> None:
     """Fill the parameters of a new SAE; `sample` `[n, d_in]` holds activations for the geometric median.
 
-    Making the decoder rows unit vectors folds their norms into the encoder and the thresholds, so that the SAE's
-    function stays what it was.
+    Kaiming uniform weights, as in the paper: making the decoder rows unit vectors folds their norms into the encoder and
+    the thresholds, so that the SAE's function stays what it was. `tied`: the encoder is the transpose of the decoder with
+    unit rows (Gao et al. 2024, appendix A.1), and its biases are such that it sees x - b_dec.
     """
     torch.nn.init.kaiming_uniform_(sae.W_enc, generator=generator)
     torch.nn.init.kaiming_uniform_(sae.W_dec, generator=generator)
     norms = sae.W_dec.norm(dim=1)
     sae.W_enc.mul_(norms)
-    sae.b_enc.zero_()
+    for name in sae.latent_parameters:
+        if name.startswith("b_"):
+            getattr(sae, name).zero_()
     sae.W_dec.div_(norms[:, None])
-    if isinstance(sae, JumpReluSae):
-        sae.log_threshold.add_(norms.log())
     sae.b_dec.copy_(geometric_median(sample))
+    if tied:
+        sae.W_enc.copy_(sae.W_dec.T)
+        for name in ("b_gate", "b_mag") if isinstance(sae, GatedSae) else ("b_enc",):
+            getattr(sae, name).copy_(-(sae.b_dec @ sae.W_enc))
+    elif isinstance(sae, JumpReluSae):
+        sae.set_threshold(sae.theta * norms)
+
+
+@torch.no_grad()
+def thresholds_for(sae: Sae, sample: Tensor, l0: float) -> Tensor:
+    """Thresholds `[d_sae]`, at least 0, with which each latent is active on the share l0 / d_sae of `sample` `[n, d_in]`."""
+    rows = sample[torch.linspace(0, len(sample) - 1, min(THRESHOLD_ROWS, len(sample))).long()]
+    share = 1 - min(1.0, l0 / sae.d_sae)
+    found = []
+    for start in range(0, sae.d_sae, THRESHOLD_LATENTS):
+        some = slice(start, start + THRESHOLD_LATENTS)
+        found.append((rows @ sae.W_enc[:, some] + sae.b_enc[some]).quantile(share, dim=0))
+    return torch.cat(found).clamp(min=0)

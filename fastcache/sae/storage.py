@@ -11,7 +11,7 @@ from fastcache.errors import FormatError, IntegrityError, NonFiniteError
 from fastcache.files import read_json, require_fields, write_bytes_atomic, write_json_atomic
 from fastcache.sae.architectures import ARCHITECTURES, Sae
 
-SAE_FORMAT_VERSION = "1.0"
+SAE_FORMAT_VERSION = "2.0"
 WEIGHTS_FILE, INFO_FILE = "sae.safetensors", "sae.json"
 
 
@@ -31,7 +31,7 @@ def save_sae(folder: Path, sae: Sae, info: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous().cpu() for name, value in sae.state_dict().items()}
     write_bytes_atomic(folder / WEIGHTS_FILE, save(weights))
-    shape = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae}
+    shape = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "options": sae.options}
     header = {"format": "fastcache-sae", "format_version": SAE_FORMAT_VERSION}
     write_json_atomic(folder / INFO_FILE, {**header, **shape, **info})
 
@@ -39,13 +39,18 @@ def save_sae(folder: Path, sae: Sae, info: dict[str, Any]) -> None:
 def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     """The SAE in `folder` and its `sae.json`. Raises `FormatError` for anything else, `NonFiniteError` for NaN weights."""
     info = read_json(folder / INFO_FILE)
-    if info.get("format") != "fastcache-sae" or str(info.get("format_version"))[:2] != "1.":
-        raise FormatError(f"{folder / INFO_FILE} is not that of a fastcache SAE of version 1.x.")
-    require_fields(info, {"architecture": str, "d_in": int, "d_sae": int}, folder / INFO_FILE)
+    if info.get("format") != "fastcache-sae" or str(info.get("format_version"))[:2] != "2.":
+        raise FormatError(f"{folder / INFO_FILE} is not that of a fastcache SAE of version 2.x. Train the SAE again.")
+    require_fields(info, {"architecture": str, "d_in": int, "d_sae": int, "options": dict}, folder / INFO_FILE)
     if info["architecture"] not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise FormatError(f"{folder}: unknown architecture {info.get('architecture')!r}; this fastcache knows {known}.")
-    sae = ARCHITECTURES[info["architecture"]](int(info["d_in"]), int(info["d_sae"]))
+    try:
+        sae = ARCHITECTURES[info["architecture"]](info["d_in"], info["d_sae"], **info["options"])
+    except TypeError as error:
+        raise FormatError(
+            f"{folder / INFO_FILE}: options {info['options']} are not those of its architecture."
+        ) from error
     try:
         weights = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:

@@ -1,64 +1,124 @@
-"""The JumpReLU SAE (Rajamanoharan et al. 2024, arXiv 2407.14435), as the FAST paper trained it: through log theta.
+"""The JumpReLU SAE (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
     z = W_enc x + b_enc,  f = z H(z - theta),  xhat = W_dec f + b_dec
-    loss = ||x - xhat||^2 + lambda ||f||_0, a mean over the batch
+    loss = ||x - xhat||^2 + lambda S, a mean over the batch
 
+S = ||f||_0, or with a target T for L0 the quadratic penalty S = (2 / T) (||f||_0 - T)^2 of Gemma Scope 2.
 The jump's gradient is estimated through a rectangle kernel of bandwidth bw (rect(u) = 1 for |u| < 1/2):
 
     d f / d z = 1[z > theta],  d f / d theta = -(theta / bw) rect((z - theta) / bw)
     d ||f||_0 / d theta = -(1 / bw) rect((z - theta) / bw)
+
+theta is trained directly and kept at 0 or more, or as the FAST paper did through log theta, which Adam hardly moves.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastcache.sae.architectures.base import Sae, StepFigures
+from fastcache.sae.architectures.base import Sae
+from fastcache.sae.architectures.single_path import SinglePathSae
 
 INITIAL_THRESHOLD = 0.001
 BANDWIDTH = 0.001
 
 
-class JumpReluSae(Sae):
+class JumpReluSae(SinglePathSae):
     """A threshold for each latent and an L0 penalty."""
 
     architecture = "jumprelu"
-    log_threshold: nn.Parameter
+    latent_parameters: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    in_units_of_x: ClassVar[tuple[str, ...]] = ("b_dec", "b_enc", "threshold")
+    threshold: nn.Parameter
 
     def __init__(
-        self, d_in: int, d_sae: int, bandwidth: float = BANDWIDTH, initial_threshold: float = INITIAL_THRESHOLD
+        self,
+        d_in: int,
+        d_sae: int,
+        bandwidth: float = BANDWIDTH,
+        initial_threshold: float = INITIAL_THRESHOLD,
+        target_l0: float | None = None,
     ) -> None:
-        """See `Sae`; `bandwidth` is used in training only."""
+        """See `Sae`; `bandwidth` and `target_l0` are used in training only."""
         super().__init__(d_in, d_sae)
-        self.bandwidth = bandwidth
-        self.log_threshold = nn.Parameter(torch.full((d_sae,), math.log(initial_threshold)), requires_grad=False)
+        self.bandwidth, self.target_l0 = bandwidth, target_l0
+        self.set_threshold(torch.full((d_sae,), initial_threshold))
 
     @property
-    def threshold(self) -> Tensor:
+    def theta(self) -> Tensor:
+        """theta `[d_sae]`."""
+        return self.threshold
+
+    @torch.no_grad()
+    def set_threshold(self, theta: Tensor) -> None:
+        """Make theta `[d_sae]` the thresholds."""
+        self.threshold.copy_(theta)
+
+    def activate(self, z: Tensor) -> Tensor:
+        """See `Sae.activate`."""
+        return z.mul_(z > self.theta)
+
+    def training_acts(self, z: Tensor) -> Tensor:
+        """See `SinglePathSae.training_acts`."""
+        return z * (z > self.theta).to(z.dtype)
+
+    def backward_acts(self, z: Tensor, latent_acts: Tensor, grad: Tensor, coefficient: float) -> Tensor:
+        """See `SinglePathSae.backward_acts` and the equations above; fills the gradient of the thresholds."""
+        theta = self.theta
+        active = (z > theta).to(z.dtype)
+        near = ((z - theta).abs() < self.bandwidth / 2).to(z.dtype)
+        through_acts = (grad * near).sum(0) * -(theta / self.bandwidth)
+        each = -coefficient / (self.bandwidth * len(z))
+        if self.target_l0 is None:
+            sparsity = active.sum(0).sum() / len(z)
+            through_l0 = near.sum(0) * each
+        else:
+            excess = active.sum(1) - self.target_l0
+            sparsity = (2 / self.target_l0) * excess.square().mean()
+            through_l0 = (excess @ near) * (each * 4 / self.target_l0)
+        self._threshold_grad(through_acts + through_l0, theta)
+        grad *= active
+        return sparsity
+
+    def _threshold_grad(self, grad_theta: Tensor, _theta: Tensor) -> None:
+        self.threshold.grad = grad_theta
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Below zero a threshold would let negative activations through."""
+        self.threshold.clamp_(min=0)
+
+
+class LogJumpReluSae(JumpReluSae):
+    """The same, trained through log theta. `folded`, which is what is saved, gives a `JumpReluSae`."""
+
+    latent_parameters = ("b_enc", "log_threshold")
+    in_units_of_x = ("b_dec", "b_enc")
+    log_threshold: nn.Parameter
+
+    @property
+    def theta(self) -> Tensor:
         """theta `[d_sae]`."""
         return self.log_threshold.exp()
 
-    def encode(self, x: Tensor) -> Tensor:
-        """See `Sae.encode`."""
-        z = self.pre_acts(x)
-        return z * (z > self.threshold)
+    @torch.no_grad()
+    def set_threshold(self, theta: Tensor) -> None:
+        """Make theta `[d_sae]` the thresholds."""
+        self.log_threshold.copy_(theta.log())
+
+    def _threshold_grad(self, grad_theta: Tensor, theta: Tensor) -> None:
+        self.log_threshold.grad = grad_theta * theta
+
+    def after_step(self) -> None:
+        """exp is positive."""
 
     @torch.no_grad()
-    def loss_and_grads(self, x: Tensor, sparsity_coefficient: float) -> StepFigures:
-        """See `Sae.loss_and_grads` and the equations above."""
-        z, theta = self.pre_acts(x), self.threshold
-        active = (z > theta).to(x.dtype)  # as numbers: torch is slow at arithmetic with booleans
-        latent_acts = z * active
-        error = self.decode(latent_acts) - x
-        squared_error = error.square().sum(1).mean()
-        counts = active.sum(0)
-        l0 = counts.sum() / len(x)
-        grad_acts = self._decoder_grads(latent_acts, error)
-        near = ((z - theta).abs() < self.bandwidth / 2).to(z.dtype)
-        through_acts = (grad_acts * near).sum(0) * -(theta / self.bandwidth)
-        through_l0 = near.sum(0) * (-sparsity_coefficient / (self.bandwidth * len(x)))
-        self.log_threshold.grad = (through_acts + through_l0) * theta
-        self._encoder_grads(x, grad_acts.mul_(active))
-        loss = squared_error + sparsity_coefficient * l0
-        return StepFigures(loss, squared_error, l0, l0, counts > 0)
+    def folded(self, scale: float) -> Sae:
+        """See `Sae.folded`."""
+        sae = JumpReluSae(self.d_in, self.d_sae, self.bandwidth, target_l0=self.target_l0).to(self.b_dec)
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            getattr(sae, name).copy_(getattr(self, name))
+        sae.set_threshold(self.theta)
+        return sae.folded(scale) if not math.isclose(scale, 1.0, rel_tol=0) else sae

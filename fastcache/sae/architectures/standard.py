@@ -1,36 +1,32 @@
 """The standard SAE (Bricken et al. 2023; method.md calls it so too).
 
 f = ReLU(W_enc x + b_enc),  xhat = W_dec f + b_dec
-loss = ||x - xhat||^2 + lambda ||f||_1, a mean over the batch
+loss = ||x - xhat||^2 + lambda ||f||_1, a mean over the batch; or lambda sum_i f_i ||d_i||, weighted by decoder norms
 """
 
-import torch
 from torch import Tensor
 
-from fastcache.sae.architectures.base import Sae, StepFigures
+from fastcache.sae.architectures.base import l1_penalty
+from fastcache.sae.architectures.single_path import SinglePathSae
 
 
-class StandardSae(Sae):
+class StandardSae(SinglePathSae):
     """ReLU and an L1 penalty."""
 
     architecture = "standard"
 
-    def encode(self, x: Tensor) -> Tensor:
-        """See `Sae.encode`."""
-        return self.pre_acts(x).relu_()
+    def __init__(self, d_in: int, d_sae: int, norm_weighted: bool = False) -> None:
+        """See `Sae`; `norm_weighted`: each latent's penalty is weighted by its decoder row's norm."""
+        super().__init__(d_in, d_sae)
+        self.norm_weighted = norm_weighted
 
-    @torch.no_grad()
-    def loss_and_grads(self, x: Tensor, sparsity_coefficient: float) -> StepFigures:
-        """See `Sae.loss_and_grads`. d loss / d f = 2 (xhat - x) W_dec^T + lambda, where f > 0."""
-        latent_acts = self.encode(x)
-        active = (latent_acts > 0).to(x.dtype)  # as numbers: torch is slow at arithmetic with booleans
-        error = self.decode(latent_acts) - x
-        squared_error = error.square().sum(1).mean()
-        l1 = latent_acts.sum(1).mean()
-        grad = self._decoder_grads(latent_acts, error)
-        grad += sparsity_coefficient / len(x)
-        grad *= active
-        self._encoder_grads(x, grad)
-        counts = active.sum(0)
-        loss = squared_error + sparsity_coefficient * l1
-        return StepFigures(loss, squared_error, l1, counts.sum() / len(x), counts > 0)
+    def activate(self, z: Tensor) -> Tensor:
+        """See `Sae.activate`."""
+        return z.relu_()
+
+    def backward_acts(self, z: Tensor, latent_acts: Tensor, grad: Tensor, coefficient: float) -> Tensor:
+        """See `SinglePathSae.backward_acts`. d loss / d f = 2 (xhat - x) W_dec^T + lambda, where f > 0."""
+        l1, each = l1_penalty(latent_acts, self.W_dec, coefficient, self.norm_weighted)
+        grad += each
+        grad *= (latent_acts > 0).to(grad.dtype)
+        return l1

@@ -1,60 +1,97 @@
 """Checkpoints: a folder each, written under another name first, so that a killed run leaves only whole ones."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastcache.errors import FormatError, IntegrityError
 from fastcache.files import fsync_directory, fsync_tree, read_json, require_fields, write_json_atomic
 from fastcache.sae.storage import require_finite
 from fastcache.stages.train.stream import MixingBuffer
 from fastcache.stages.train.trainer import Trainer
+from fastcache.stages.train.watch import LossWatch
 
 FOLDER = "checkpoints"
-KEPT = 2
 STREAM_PREFIX = "stream."
 
 
-def save_checkpoint(out: Path, trainer: Trainer, buffer: MixingBuffer) -> None:
-    """Write the state of training and stream; the oldest checkpoints beyond `KEPT` go."""
-    require_finite(trainer.sae)
+def numerics(device: str) -> dict[str, Any]:
+    """What, besides code and settings, the bits of a step depend on."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "mkldnn_matmul": str(torch.backends.mkldnn.matmul.fp32_precision),  # type: ignore[attr-defined]
+    }
+
+
+class Run:
+    """The parts of a run that have a state."""
+
+    def __init__(self, trainer: Trainer, buffer: MixingBuffer, watch: LossWatch, device: str) -> None:
+        self.trainer, self.buffer, self.watch, self.device = trainer, buffer, watch, device
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A JSON-ready part, and all tensors by name. Rows of the stream are numbers, not activations."""
+        stream, arrays = self.buffer.state_dict()
+        trainer, tensors = self.trainer.state_dict()
+        tensors |= {STREAM_PREFIX + name: torch.from_numpy(array) for name, array in arrays.items()}
+        scalars = {"trainer": trainer, "stream": stream, "watch": self.watch.state_dict()}
+        return {**scalars, "numerics": numerics(self.device)}, tensors
+
+    def load_state_dict(self, scalars: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to where `state_dict` was taken."""
+        length = len(STREAM_PREFIX)
+        arrays = {name[length:]: value.numpy() for name, value in tensors.items() if name.startswith(STREAM_PREFIX)}
+        self.trainer.load_state_dict(scalars["trainer"], dict(tensors))
+        self.buffer.load_state_dict(scalars["stream"], arrays)
+        self.watch.load_state_dict(scalars["watch"])
+
+
+def save_checkpoint(out: Path, run: Run, kept: int) -> None:
+    """Write the state of a run; the oldest checkpoints beyond `kept` go."""
+    require_finite(run.trainer.sae)
     folder = out / FOLDER
-    temporary, final = folder / ".tmp", folder / f"{trainer.step_number:09d}"
+    temporary, final = folder / ".tmp", folder / f"{run.trainer.step_number:09d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    scalars, arrays = buffer.state_dict()
-    tensors = trainer.state_dict() | {STREAM_PREFIX + name: torch.from_numpy(a) for name, a in arrays.items()}
+    scalars, tensors = run.state_dict()
     save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / "state.safetensors")
-    write_json_atomic(temporary / "state.json", {"step": trainer.step_number, "stream": scalars})
+    write_json_atomic(temporary / "state.json", scalars)
     fsync_tree(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync_directory(folder)
-    for old in sorted(folder.glob("[0-9]*"))[:-KEPT]:
+    for old in sorted(folder.glob("[0-9]*"))[:-kept]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(out: Path, trainer: Trainer, buffer: MixingBuffer) -> bool:
-    """Go on from the newest checkpoint that can be read; returns whether there was one.
+def load_checkpoint(out: Path, run: Run) -> list[str] | None:
+    """Go on from the newest checkpoint that can be read; None if there is none.
 
-    Raises `IntegrityError` if there are some and none can be read.
+    Returns in what this machine differs from the one that wrote it, as far as numbers may depend on it. Raises
+    `IntegrityError` if there are checkpoints and none can be read.
     """
     found = sorted((out / FOLDER).glob("[0-9]*"), reverse=True)
     for folder in found:
         try:
             tensors = load_file(folder / "state.safetensors")
-            state: dict[str, Any] = read_json(folder / "state.json")
-            require_fields(state, {"step": int, "stream": dict}, folder / "state.json")
+            scalars = read_json(folder / "state.json")
+            require_fields(
+                scalars, dict.fromkeys(("trainer", "stream", "watch", "numerics"), dict), folder / "state.json"
+            )
         except (SafetensorError, FormatError, OSError):
             continue  # damaged: the one before it will do
-        arrays = {k.removeprefix(STREAM_PREFIX): v.numpy() for k, v in tensors.items() if k.startswith(STREAM_PREFIX)}
-        trainer.load_state_dict(tensors, state["step"])
-        buffer.load_state_dict(state["stream"], arrays)
-        return True
+        run.load_state_dict(scalars, tensors)
+        now, then = numerics(run.device), scalars["numerics"]
+        return [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     if found:
         raise IntegrityError(f"No checkpoint in {out / FOLDER} can be read. Start over with --fresh.")
-    return False
+    return None

@@ -1,14 +1,15 @@
-"""Settings of `fastcache train`; the defaults are the paper's (docs/method.md), scaled to the length of the run."""
+"""Settings of `fastcache train`. Where one is left out, the recipe says it (`recipe.py`)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from fastcache.config import option
 
-PAPER_LAMBDA = {"standard": 5.0, "jumprelu": 0.01}
-
-FREE_ON_RESUME = ("cache", "checkpoint_every", "device", "on_corrupt")
+FREE_ON_RESUME = ("cache", "checkpoint_every", "keep_checkpoints", "device", "on_corrupt")
 """Settings that may differ on resume: the cache goes by its fingerprint, so that it may be moved."""
+
+ARCHES = ("standard", "jumprelu", "topk", "batchtopk", "gated", "matryoshka")
+RECIPES = ("modern", "fast-paper")
+TOKENS_OF = ("all", "content", "special", "assistant")
 
 
 @dataclass(frozen=True)
@@ -16,30 +17,96 @@ class TrainConfig:
     """How one SAE is trained."""
 
     cache: str = option(help="Cache made by `fastcache extract`.")
-    arch: str = option(choices=("standard", "jumprelu"), help="Architecture.")
+    arch: str = option(choices=ARCHES, help="Architecture.")
+    recipe: str = option(
+        "modern",
+        choices=RECIPES,
+        help="What the options below are where they are left out: modern, for a good SAE; fast-paper, as in the FAST paper.",
+    )
     layer: int | None = option(None, help="Layer to train on; needed where the cache holds several.", at_least=0)
     expansion: int = option(8, help="d_sae = expansion * d_in.", at_least=1)
+    target_l0: float | None = option(
+        None,
+        help="jumprelu: active latents a token to aim at. modern: 64, at most d_in / 4; fast-paper: none.",
+        at_least=1,
+    )
+    k: int | None = option(
+        None, help="topk, batchtopk, matryoshka: active latents a token. Default: 64, at most d_in / 4.", at_least=1
+    )
+    widths: tuple[int, ...] = option(
+        (), help="matryoshka: width of a prefix. Repeatable. Default: d_sae / 16, / 4, / 2, all.", at_least=1
+    )
     coefficient: float | None = option(
-        None, help="Sparsity coefficient. Default: 5 standard, 0.01 jumprelu.", at_least=0
+        None, help="Sparsity coefficient. fast-paper: 5 standard, 0.01 jumprelu; modern: see docs/train.md.", at_least=0
     )
     tokens: int | None = option(
-        None, help="Training tokens. Default: one pass over the cache, at most the paper's 40,960,000.", at_least=1
+        None,
+        help="Training tokens. fast-paper: one pass over the cache; modern: so too, but 1,000 steps at least. "
+        "At most the paper's 40,960,000.",
+        at_least=1,
     )
-    batch_size: int = option(128, help="Tokens of a batch.", at_least=1)
-    lr: float = option(7e-5, help="Peak learning rate.", at_least=0)
-    lr_end: float = option(7e-6, help="Learning rate at the end of the cosine.", at_least=0)
-    lr_warm_up: float = option(0.05, help="Share of the steps with rising learning rate.", at_least=0, at_most=1)
-    lr_decay: float = option(
-        0.2, help="Share of the steps, at the end, over which it falls to 0.", at_least=0, at_most=1
+    batch_size: int | None = option(
+        None, help="Tokens of a batch. modern: 4,096, less for a cache of under 4M tokens; fast-paper: 128.", at_least=1
     )
-    coefficient_warm_up: float = option(
-        0.03125, help="Share of the steps over which it rises from 0.", at_least=0, at_most=1
+    lr: float | None = option(
+        None, help="Peak learning rate. modern: 2e-4 / sqrt(d_sae / 16,384); fast-paper: 7e-5.", at_least=0
     )
-    bandwidth: float = option(0.001, help="Kernel bandwidth of the jumprelu gradients.", at_least=1e-12)
-    threshold: float = option(0.001, help="Initial threshold of the jumprelu latents.", at_least=1e-12)
+    lr_end: float | None = option(
+        None, help="Learning rate at the end of the cosine. modern: as at its peak; fast-paper: a tenth.", at_least=0
+    )
+    lr_warm_up: float | None = option(
+        None, help="Share of the steps with rising learning rate. Default: 0.05.", at_least=0, at_most=1
+    )
+    lr_decay: float | None = option(
+        None, help="Share of the steps, at the end, over which it falls to 0. Default: 0.2.", at_least=0, at_most=1
+    )
+    coefficient_warm_up: float | None = option(
+        None, help="Share of the steps over which it rises from 0. modern: 0.05; fast-paper: 0.03125.",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    scale_activations: bool | None = option(
+        None, help="Train on activations scaled to a mean squared norm of d_in; undone in the saved SAE. modern: yes."
+    )
+    init: str | None = option(
+        None,
+        choices=("kaiming", "tied"),
+        help="Initial weights: kaiming (fast-paper), or the encoder as the decoder's transpose (modern).",
+    )
+    decoder_norm: str | None = option(
+        None,
+        choices=("unit", "free"),
+        help="Decoder rows of norm 1, or free with norms weighting the L1 penalty. modern: free for standard and gated.",
+    )
+    theta: str | None = option(
+        None,
+        choices=("direct", "log"),
+        help="jumprelu: train the thresholds (modern) or their logarithms (fast-paper).",
+    )
+    threshold: float | None = option(
+        None, help="jumprelu: initial threshold. modern: such that target-l0 latents are active; fast-paper: 0.001.",
+        at_least=1e-12,
+    )  # fmt: skip
+    bandwidth: float | None = option(
+        None, help="jumprelu: kernel bandwidth of the gradients. modern: 1; fast-paper: 0.001.", at_least=1e-12
+    )
+    aux_coefficient: float | None = option(
+        None, help="Coefficient of the auxiliary loss for dead latents. modern: 1/32, not for gated; fast-paper: 0.",
+        at_least=0,
+    )  # fmt: skip
+    dead_window: int | None = option(
+        None, help="A latent is dead when it did not fire for so many steps. modern: 250; fast-paper: 1000.", at_least=1
+    )
     clip_norm: float = option(1.0, help="Largest norm of the gradient; 0 clips nothing.", at_least=0)
+    tokens_of: str = option(
+        "all",
+        choices=TOKENS_OF,
+        help="Train on all tokens, on contents, on special tokens, or on contents of the assistant's turns.",
+    )
+    skip_first_position: bool = option(False, help="Leave out the first token of every sequence.")
+    norm_filter: str | None = option(
+        None, help="Leave out tokens whose norm is above so many times the median, for example 10x-median."
+    )
     buffer_tokens: int = option(1_048_576, help="Rows of the mixing buffer.", at_least=1)  # docs/benchmarks/shuffle.md
-    dead_window: int = option(1000, help="A latent is dead when it did not fire for so many steps.", at_least=1)
     seed: int = option(42, help="Seed of weights and shuffle.", at_least=0)
     device: str | None = option(None, help="Device to train on. Default: cuda where there is one, else cpu.")
     on_corrupt: str = option(
@@ -48,18 +115,8 @@ class TrainConfig:
         help="At a damaged unit of the cache: stop, or leave its rows out and count them.",
     )
     checkpoint_every: int = option(5000, help="Steps between checkpoints.", at_least=1)
+    keep_checkpoints: int = option(2, help="How many checkpoints are kept, the newest.", at_least=1)
     log_every: int = option(50, help="Steps between lines of the metrics log.", at_least=1)
-
-    def resolved_coefficient(self) -> float:
-        """Lambda, given or the paper's."""
-        return PAPER_LAMBDA[self.arch] if self.coefficient is None else self.coefficient
-
-    def identity(self) -> dict[str, Any]:
-        """What of the settings stands in the SAE's own file."""
-        names = ("expansion", "batch_size", "lr", "lr_end", "lr_warm_up", "lr_decay", "coefficient_warm_up")
-        more = ("bandwidth", "threshold", "clip_norm", "buffer_tokens", "seed")
-        values = {name: getattr(self, name) for name in (*names, *more)}
-        return {**values, "coefficient": self.resolved_coefficient()}
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,17 @@ from fastcache.interrupt import deferred_interrupt
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory, require_space
 from fastcache.sae.storage import INFO_FILE, load_sae, save_sae
-from fastcache.stages.train.checkpoint import load_checkpoint, save_checkpoint
+from fastcache.stages.train.checkpoint import Run, load_checkpoint, save_checkpoint
 from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
+from fastcache.stages.train.recipe import FAST_PAPER, Recipe, resolve
 from fastcache.stages.train.stream import MixingBuffer, read_units
 from fastcache.stages.train.trainer import Trainer
+from fastcache.stages.train.watch import EVENTS_FILE, LossWatch
 
-PAPER_TOKENS = 40_960_000
 MEDIAN_UNITS = 32
 SHORT_RUN_STEPS = 20_000
 METRICS_FILE = "metrics.jsonl"
-OWNED = ("checkpoints", "sae.*", METRICS_FILE, "evaluation.json")
+OWNED = ("checkpoints", "sae.*", METRICS_FILE, EVENTS_FILE, "evaluation.json")
 
 
 def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
@@ -49,35 +50,52 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
         raise InputError(f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of --split train.")
     hook = cache.require_hook(None if config.layer is None else f"resid_post.{config.layer}")
     device = choose_device(config.device)
-    n_steps = (min(cache.n_tokens, PAPER_TOKENS) if config.tokens is None else config.tokens) // config.batch_size
-    if n_steps < 1:
-        raise InputError(f"--tokens {config.tokens} is less than one batch of {config.batch_size}.")
-    settings = {**as_dict(config), "cache_fingerprint": fingerprint(cache.manifest.identity)}
-    parameters = 2 * config.expansion * cache.d_in**2
-    require_space(out, 4 * parameters * 10, "An SAE of this size with its checkpoints")
+    recipe = resolve(config, cache.d_in, cache.n_tokens)
+    settings = {
+        **as_dict(config),
+        "resolved": recipe.as_json(),
+        "cache_fingerprint": fingerprint(cache.manifest.identity),
+    }
+    parameters = 2 * recipe.d_sae * recipe.d_in
+    require_space(out, 4 * parameters * (4 + 3 * config.keep_checkpoints), "An SAE of this size with its checkpoints")
     with output_directory(out, "train", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         if (out / INFO_FILE).exists():
             progress.say(f"{out} is trained; nothing to do (--fresh starts over).")
             return load_sae(out)[1]
-        if n_steps < SHORT_RUN_STEPS and config.lr == TrainConfig.lr:
-            progress.say(
-                f"Note: {n_steps:,} steps at the paper's learning rate, which is meant for 320,000, leave an undertrained SAE. "
-                "Cache more tokens, or raise --lr (the demo uses 2e-3 for 600 steps)."
-            )
-        trainer = Trainer(config, cache.d_in, n_steps, device)
-        buffer = MixingBuffer(cache, hook, config.buffer_tokens, config.batch_size, config.seed, config.on_corrupt)
-        if not load_checkpoint(out, trainer, buffer):
+        _say_recipe(recipe, progress)
+        trainer = Trainer(recipe, device)
+        buffer = MixingBuffer(cache, hook, config.buffer_tokens, recipe.batch_size, config.seed, config.on_corrupt)
+        watch = LossWatch(cache, hook, out, 1 if device == "cpu" else config.log_every)
+        run = Run(trainer, buffer, watch, device)
+        changed = load_checkpoint(out, run)
+        if changed is None:
             trainer.initialise(_median_sample(cache, hook, config.seed, device, config.on_corrupt == "skip"))
-        _cut_log(out, trainer.step_number)
-        _run(trainer, buffer, cache.manifest.dtype, out, progress, device)
-        info = _provenance(config, cache, hook, n_steps)
+        elif changed:
+            progress.say(f"Note: this resumes on another machine ({', '.join(changed)}), so last bits may differ.")
+        for name in (METRICS_FILE, EVENTS_FILE):
+            _cut_log(out / name, trainer.step_number)
+        _run(run, config, cache.manifest.dtype, out, progress)
+        info = _provenance(config, trainer, cache, hook)
         if buffer.skipped:
             info["skipped_units"] = list(buffer.skipped.values())
             progress.say(
                 f"{len(buffer.skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`."
             )
-        save_sae(out, trainer.sae, info)
+        save_sae(out, trainer.trained(), info)
     return info
+
+
+def _say_recipe(recipe: Recipe, progress: Progress) -> None:
+    tokens = recipe.steps * recipe.batch_size
+    progress.say(
+        f"Recipe {recipe.name}: {recipe.steps:,} steps of {recipe.batch_size:,} tokens ({tokens:,}), d_sae {recipe.d_sae:,}, "
+        f"learning rate {recipe.lr:.2g}"
+    )
+    if recipe.name == "fast-paper" and recipe.steps < SHORT_RUN_STEPS and recipe.lr == FAST_PAPER["lr"]:
+        progress.say(
+            f"Note: {recipe.steps:,} steps at the paper's learning rate, meant for 320,000, leave an undertrained SAE. "
+            "Cache more tokens, raise --lr, or leave --recipe out."
+        )
 
 
 def _median_sample(cache: Cache, hook: str, seed: int, device: str, skip: bool) -> Tensor:
@@ -88,27 +106,31 @@ def _median_sample(cache: Cache, hook: str, seed: int, device: str, skip: bool) 
     return to_tensor(rows, cache.manifest.dtype, device)
 
 
-def _run(trainer: Trainer, buffer: MixingBuffer, dtype: str, out: Path, progress: Progress, device: str) -> None:
-    config = trainer.config
+def _run(run: Run, config: TrainConfig, dtype: str, out: Path, progress: Progress) -> None:
+    trainer, buffer, batch_size = run.trainer, run.buffer, run.trainer.recipe.batch_size
     with (
         (out / METRICS_FILE).open("a") as log,
-        progress.task(f"train {config.arch}", trainer.n_steps * config.batch_size, "tokens") as task,
+        progress.task(f"train {config.arch}", trainer.n_steps * batch_size, "tokens") as task,
         deferred_interrupt() as interrupt,
     ):
-        task.advance(trainer.step_number * config.batch_size)
+        task.advance(trainer.step_number * batch_size)
         while trainer.step_number < trainer.n_steps:
-            x = to_tensor(buffer.next_batch()[1], dtype, device)
+            numbers, rows = buffer.next_batch()
+            x = to_tensor(rows, dtype, run.device)
             figures = trainer.step(x)
+            run.watch.add(trainer.step_number, figures.loss, numbers)
             last = trainer.step_number == trainer.n_steps
             save = interrupt.requested or (trainer.step_number % config.checkpoint_every == 0 and not last)
             note = ""
+            if save or last:
+                run.watch.look()
             if last or trainer.step_number % config.log_every == 0:
                 line = trainer.figures(x, figures)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 note = _note(line)
             if save:
-                save_checkpoint(out, trainer, buffer)
+                save_checkpoint(out, run, config.keep_checkpoints)
             task.advance(len(x), note)
             if interrupt.requested:
                 raise KeyboardInterrupt
@@ -119,15 +141,16 @@ def _note(line: dict[str, Any]) -> str:
     return f"loss {line['loss']:.4g}  L0 {line['l0']:.1f}  FVU {fvu}  dead {line['dead_latents']}"
 
 
-def _cut_log(out: Path, step_number: int) -> None:
+def _cut_log(path: Path, step_number: int) -> None:
     """Drop the lines of steps after the checkpoint: they are done again."""
-    path = out / METRICS_FILE
     kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step_number]
-    write_bytes_atomic(path, "".join(kept).encode())
+    if kept or path.exists():
+        write_bytes_atomic(path, "".join(kept).encode())
 
 
-def _provenance(config: TrainConfig, cache: Cache, hook: str, n_steps: int) -> dict[str, Any]:
-    identity = cache.manifest.identity
+def _provenance(config: TrainConfig, trainer: Trainer, cache: Cache, hook: str) -> dict[str, Any]:
+    identity, recipe = cache.manifest.identity, trainer.recipe
+    training = {**recipe.as_json(), "buffer_tokens": config.buffer_tokens, "tokens": recipe.steps * recipe.batch_size}
     return {
         "hook_point": hook,
         "model": identity["model"],
@@ -135,5 +158,5 @@ def _provenance(config: TrainConfig, cache: Cache, hook: str, n_steps: int) -> d
         "method": identity["method"],
         "corpus": identity["corpus"],
         "cache_fingerprint": fingerprint(identity),
-        "training": {**config.identity(), "steps": n_steps, "tokens": n_steps * config.batch_size},
+        "training": {**training, "activation_scale": trainer.scale},
     }

@@ -1,42 +1,70 @@
 """One SAE being trained: parameters, optimiser, schedules, and what has to be kept to go on later."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcache.errors import NonFiniteError
-from fastcache.sae.architectures import ARCHITECTURES, JumpReluSae, Sae, StepFigures
-from fastcache.sae.init import initialise
+from fastcache.sae.architectures import (
+    ARCHITECTURES,
+    GatedSae,
+    JumpReluSae,
+    LogJumpReluSae,
+    Sae,
+    StandardSae,
+    StepFigures,
+    StepInputs,
+)
+from fastcache.sae.init import initialise, thresholds_for
 from fastcache.sae.schedules import LearningRate, sparsity_coefficient
-from fastcache.stages.train.config import TrainConfig
+from fastcache.stages.train.recipe import Recipe
+
+DEAD_EVERY = 10
+"""Steps between looks at which latents are dead: each look makes a GPU wait."""
 
 
-def build_sae(config: TrainConfig, d_in: int) -> Sae:
-    """The untrained SAE that `config` describes."""
-    d_sae = config.expansion * d_in
-    if config.arch == "jumprelu":
-        return JumpReluSae(d_in, d_sae, config.bandwidth, config.threshold)
-    return ARCHITECTURES[config.arch](d_in, d_sae)
+def build_sae(recipe: Recipe) -> Sae:
+    """The untrained SAE that `recipe` describes."""
+    d_in, d_sae = recipe.d_in, recipe.d_sae
+    if recipe.arch == "jumprelu":
+        cls = LogJumpReluSae if recipe.theta == "log" else JumpReluSae
+        return cls(d_in, d_sae, recipe.bandwidth, recipe.threshold or 1.0, recipe.target_l0)
+    if recipe.arch in ("standard", "gated"):
+        with_l1: type[StandardSae | GatedSae] = StandardSae if recipe.arch == "standard" else GatedSae
+        return with_l1(d_in, d_sae, norm_weighted=recipe.decoder_norm == "free")
+    options: dict[str, Any] = {"widths": recipe.widths} if recipe.widths else {}
+    return ARCHITECTURES[recipe.arch](d_in, d_sae, k=recipe.k, **options)  # type: ignore[call-arg]
 
 
 class Trainer:
     """Takes batches, one `step` each."""
 
-    def __init__(self, config: TrainConfig, d_in: int, n_steps: int, device: str) -> None:
-        self.config, self.n_steps, self.step_number = config, n_steps, 0
-        self.sae = build_sae(config, d_in).to(device)
-        self._optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
-        warm_up, decay = round(config.lr_warm_up * n_steps), round(config.lr_decay * n_steps)
-        self._rate = LearningRate(config.lr, config.lr_end, warm_up, decay, n_steps)
-        self._coefficient_steps = round(config.coefficient_warm_up * n_steps)
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        self.recipe, self.n_steps, self.step_number = recipe, recipe.steps, 0
+        self.sae = build_sae(recipe).to(device)
+        self.scale = 1.0
+        """What activations are multiplied with before the SAE sees them."""
+        self._optimizer = torch.optim.Adam(self.sae.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)
+        warm_up, decay = round(recipe.lr_warm_up * self.n_steps), round(recipe.lr_decay * self.n_steps)
+        self._rate = LearningRate(recipe.lr, recipe.lr_end, warm_up, decay, self.n_steps)
+        self._coefficient_steps = round(recipe.coefficient_warm_up * self.n_steps)
         self._last_fired = torch.zeros(self.sae.d_sae, dtype=torch.long, device=device)
+        self._dead = self._last_fired[:0]
 
+    @torch.no_grad()
     def initialise(self, sample: Tensor) -> None:
-        """Fill the parameters; `sample` `[n, d_in]` gives the decoder bias."""
-        generator = torch.Generator(self.sae.b_dec.device).manual_seed(self.config.seed)
-        initialise(self.sae, sample, generator)
+        """Fill the parameters; `sample` `[n, d_in]` gives the scale, the decoder bias and the thresholds."""
+        recipe = self.recipe
+        if recipe.scale_activations and (power := float(sample.double().square().sum(1).mean())):
+            self.scale = (recipe.d_in / power) ** 0.5
+        sample = self._scaled(sample)
+        generator = torch.Generator(self.sae.b_dec.device).manual_seed(recipe.seed)
+        initialise(self.sae, sample, generator, tied=recipe.init == "tied")
+        if isinstance(self.sae, JumpReluSae) and recipe.threshold is None:
+            self.sae.set_threshold(thresholds_for(self.sae, sample, recipe.target_l0 or recipe.d_in / 4))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale if self.scale != 1.0 else x
 
     @property
     def learning_rate(self) -> float:
@@ -46,52 +74,61 @@ class Trainer:
     @property
     def coefficient(self) -> float:
         """Sparsity coefficient of the next step."""
-        return sparsity_coefficient(self.config.resolved_coefficient(), self._coefficient_steps, self.step_number)
+        return sparsity_coefficient(self.recipe.coefficient, self._coefficient_steps, self.step_number)
 
     def step(self, x: Tensor) -> StepFigures:
         """Train on a batch x `[n, d_in]`."""
-        figures = self.sae.loss_and_grads(x, self.coefficient)
-        if self.config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip_norm)
-        self.sae.remove_parallel_decoder_gradient()
+        if self.step_number % DEAD_EVERY == 0 and self.recipe.aux_coefficient:
+            self._dead = self._is_dead().nonzero()[:, 0]
+        inputs = StepInputs(self.coefficient, self.recipe.aux_coefficient, self._dead)
+        figures = self.sae.loss_and_grads(self._scaled(x), inputs)
+        if self.recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.clip_norm)
+        if self.recipe.decoder_norm == "unit":
+            self.sae.remove_parallel_decoder_gradient()
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._optimizer.step()
-        self.sae.normalise_decoder()
+        if self.recipe.decoder_norm == "unit":
+            self.sae.normalise_decoder()
+        self.sae.after_step()
         self.step_number += 1
         self._last_fired.masked_fill_(figures.fired, self.step_number)
         return figures
 
+    def _is_dead(self) -> Tensor:
+        return self.step_number - self._last_fired > self.recipe.dead_window
+
     def figures(self, x: Tensor, figures: StepFigures) -> dict[str, float | None]:
-        """The line of the metrics log for the step just done on x `[n, d_in]`; raises `NonFiniteError` for NaN."""
+        """The line of the metrics log for the step just done on x `[n, d_in]`; errors are in units of the activations."""
+        power = self.scale**2
         variance = float((x - x.mean(0)).square().sum(1).mean())
-        dead = (self.step_number - self._last_fired > self.config.dead_window).sum()
-        line: dict[str, float | None] = {
+        squared_error = float(figures.squared_error) / power
+        return {
             "step": self.step_number,
             "loss": float(figures.loss),
-            "mse": float(figures.squared_error) / self.sae.d_in,
+            "mse": squared_error / self.sae.d_in,
             "sparsity": float(figures.sparsity),
+            "aux": float(figures.aux),
             "l0": float(figures.l0),
-            "fvu": float(figures.squared_error) / variance if variance else None,  # a batch of equal rows has none
-            "dead_latents": int(dead),
+            "fvu": squared_error / variance if variance else None,  # a batch of equal rows has none
+            "dead_latents": int(self._is_dead().sum()),
             "learning_rate": self._rate.at(self.step_number - 1),
         }
-        odd = {name: value for name, value in line.items() if value is not None and not math.isfinite(value)}
-        if odd:
-            raise NonFiniteError(
-                f"Training became NaN or infinite at or before step {self.step_number}: {odd}. "
-                "The last checkpoint is kept. Try a lower --lr, or look at the cache with `fastcache inspect`."
-            )
-        return line
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors of the training state, by name."""
+    def trained(self) -> Sae:
+        """A copy of the SAE for activations as they are in the cache, with the scale folded in."""
+        return self.sae.folded(self.scale)
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The training state: a JSON-ready part, and all tensors by name."""
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        return {**tensors, "last_fired": self._last_fired}
+        scalars = {"step": self.step_number, "scale": self.scale}
+        return scalars, {**tensors, "last_fired": self._last_fired, "dead": self._dead}
 
-    def load_state_dict(self, tensors: dict[str, Tensor], step_number: int) -> None:
+    def load_state_dict(self, scalars: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go back to where `state_dict` was taken."""
         prefix = "sae."
         self.sae.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -101,5 +138,6 @@ class Trainer:
                 _, index, name = key.split(".", 2)
                 state.setdefault(int(index), {})[name] = value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
-        self._last_fired = tensors["last_fired"].to(self.sae.b_dec.device)
-        self.step_number = step_number
+        device = self.sae.b_dec.device
+        self._last_fired, self._dead = tensors["last_fired"].to(device), tensors["dead"].to(device)
+        self.step_number, self.scale = scalars["step"], scalars["scale"]
