@@ -1,15 +1,21 @@
 """Fast training steps: each pass against float64 autograd and against the other passes, and the same in every run."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
+import reference_sae
 import torch
+from test_gradients import CASES, DEAD, random_sae
 
-from fastcache.sae.fast import threads
+from fastcache.sae.architectures import StandardSae, StepInputs
+from fastcache.sae.fast import sparse, threads
 from fastcache.sae.fast.adam import FastAdam
 from fastcache.sae.fast.buffers import Buffers
 from fastcache.sae.fast.dense import CompiledOps, TorchOps
+from fastcache.sae.fast.products import ROUTES
 from fastcache.sae.fast.sparse import OFF, ON, Entries, wins
+from fastcache.sae.fast.step import fast_step
 
 CPU = torch.device("cpu")
 BANDWIDTH = 0.6
@@ -88,7 +94,8 @@ class Problem:
         p = self.given
         zero = torch.zeros(self.d_sae, dtype=self.dtype)
         theta, low = (p["theta"], p["theta"] - BANDWIDTH / 2) if self.jump else (zero, zero)
-        entries = Entries(Buffers(CPU), self.n, self.d_sae, self.dtype, capacity=0.5)
+        with patch.object(sparse, "CAPACITY", 0.5):
+            entries = Entries(Buffers(CPU), self.n, self.d_sae, self.dtype)
         assert entries.extract(self.pre_acts, low, theta)
         jump = (theta, BANDWIDTH) if self.jump else None
         found = entries.backward(p["x"], p["W_dec"], p["b_dec"], self.penalty.to(self.dtype), jump)
@@ -148,9 +155,10 @@ def test_threads_change_no_bit(jump, way):
 
 @needs_compiler
 def test_entries_that_dont_fit_leave_the_pre_activations_alone():
+    assert sparse.CAPACITY < 0.3
     z, zero = numbers(40, 64), torch.zeros(64, dtype=torch.double)
     kept = z.clone()
-    assert not Entries(Buffers(CPU), 40, 64, torch.double, capacity=0.1).extract(z, zero, zero)
+    assert not Entries(Buffers(CPU), 40, 64, torch.double).extract(z, zero, zero)
     assert torch.equal(z, kept)
 
 
@@ -160,6 +168,71 @@ def test_the_sparse_path_is_chosen_with_hysteresis():
     assert not wins(between, used=False)
     assert wins(between, used=True)
     assert not wins(OFF * 1.01, used=True)
+
+
+FAST = [name for name in CASES if fast_step(random_sae(name)[0])]
+WAYS = [pytest.param("dense", marks=needs_compiler), pytest.param("sparse", marks=needs_compiler), "torch"]
+
+
+def step_of(sae, way, monkeypatch):
+    """The fast step of `sae`, made to go one way."""
+    monkeypatch.setattr(sparse, "CAPACITY", 1.0)
+    monkeypatch.setattr("fastcache.sae.fast.step.compiles", way != "torch")
+    monkeypatch.setattr("fastcache.sae.fast.step.wins", lambda share, used: way == "sparse")
+    step = fast_step(sae)
+    step.sparse = way == "sparse"
+    return step
+
+
+@pytest.mark.parametrize("dead", [None, DEAD], ids=["none dead", "some dead"])
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("way", WAYS)
+def test_fast_steps_equal_autograd(way, name, dead, monkeypatch):
+    sae, x = random_sae(name)
+    inputs = StepInputs(0.3, 0.2, dead)
+    figures = step_of(sae, way, monkeypatch)(x, inputs)
+    loss, grads = reference_sae.loss_and_grads(sae, x, inputs)
+    assert torch.allclose(figures.loss, loss, rtol=1e-12)
+    for key, value in sae.named_parameters():
+        assert torch.allclose(value.grad, grads[key], rtol=1e-10, atol=1e-12), key
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("way", WAYS)
+def test_fast_steps_equal_the_plain_one(way, name, monkeypatch):
+    sae, x = random_sae(name)
+    sae, x = sae.float(), x.float()
+    other = copy.deepcopy(sae)
+    step, inputs = step_of(sae, way, monkeypatch), StepInputs(0.3, 0.2, DEAD)
+    for n in (len(x), 20, len(x)):  # a smaller batch uses the same memory
+        found, wanted = step(x[:n], inputs), other.loss_and_grads(x[:n], inputs)
+        assert_equal(found._asdict(), {k: v for k, v in wanted._asdict().items() if k != "fired"}, 1e-6)
+        assert torch.equal(found.fired, wanted.fired)
+        assert_equal(*({k: v.grad for k, v in s.named_parameters()} for s in (sae, other)), 1e-6)
+
+
+def test_bfloat16_products_come_near():
+    sae, x = StandardSae(32, 64), numbers(100, 32, dtype=torch.float32)
+    for i, value in enumerate(sae.parameters()):
+        value.copy_(numbers(*value.shape, seed=i, dtype=torch.float32) / 5)
+    other, step = copy.deepcopy(sae), fast_step(sae)
+    step.route = ROUTES["bf16"]
+    found, wanted = step(x, StepInputs(0.1)), other.loss_and_grads(x, StepInputs(0.1))
+    assert abs(found.loss - wanted.loss) < 0.02 * wanted.loss
+    assert_equal(*({k: v.grad for k, v in s.named_parameters()} for s in (sae, other)), 0.03)
+    assert all(value.grad.dtype == torch.float32 for value in sae.parameters())
+
+
+@needs_compiler
+def test_few_active_latents_turn_the_sparse_path_on_and_many_off():
+    sae, x = StandardSae(32, 256), numbers(100, 32, dtype=torch.float32)
+    sae.W_enc.copy_(numbers(32, 256, seed=1, dtype=torch.float32))
+    step, chosen = fast_step(sae), []
+    for bias in (0.0, -14.0, -14.0, 0.0, 0.0):
+        sae.b_enc.fill_(bias)
+        step(x, StepInputs())
+        chosen.append(step.sparse)
+    assert chosen == [False, True, True, False, False]
 
 
 def two_optimisers(dtype, clip_norm, unit_rows, steps=5):

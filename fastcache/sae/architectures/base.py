@@ -21,6 +21,11 @@ class StepInputs(NamedTuple):
     dead: Tensor | None = None
     """int64 `[n_dead]`: the latents that the auxiliary loss is for."""
 
+    @property
+    def revives(self) -> bool:
+        """Whether there is an auxiliary loss."""
+        return self.dead is not None and len(self.dead) > 0 and self.aux_coefficient > 0
+
 
 class Reconstruction(NamedTuple):
     """The forward half of a step, with the decoder's gradients already filled."""
@@ -149,16 +154,15 @@ class Sae(nn.Module, ABC):
         return grad_recon @ self.W_dec.T
 
 
-def l1_penalty(latent_acts: Tensor, W_dec: nn.Parameter, coefficient: float, weighted: bool) -> tuple[Tensor, Tensor]:
-    """The L1 term, a mean over the batch, and its gradient `[d_sae]` or `[]` of each active latent, with coefficient.
+def l1_weights(W_dec: Tensor, by_norm: bool) -> Tensor:
+    """Each latent's weight in the L1 term, `[d_sae]`: 1, or the norm of its decoder row.
 
-    `weighted` by the norms of the decoder rows, so that it doesn't pay to shrink latents and lengthen rows (Anthropic,
-    "Update on how we train SAEs", April 2024); then what that adds to the gradient of W_dec is added.
+    By the norm it doesn't pay to shrink latents and lengthen rows (Anthropic, "Update on how we train SAEs", April 2024).
     """
-    each = coefficient / len(latent_acts)
-    if not weighted:
-        return latent_acts.sum(1).mean(), latent_acts.new_full((), each)
-    norms, sums = W_dec.norm(dim=1), latent_acts.sum(0)
+    return W_dec.norm(dim=1) if by_norm else W_dec.new_ones(len(W_dec))
+
+
+def add_norm_grad(W_dec: nn.Parameter, slope: Tensor) -> None:
+    """Add to the gradient of W_dec that of its rows' norms, times `slope` `[d_sae]`."""
     if W_dec.grad is not None:
-        W_dec.grad.addcmul_(W_dec, (sums * each / norms.clamp(min=1e-12))[:, None])
-    return (sums * norms).sum() / len(latent_acts), norms * each
+        W_dec.grad.addcmul_(W_dec, (slope / W_dec.norm(dim=1).clamp(min=1e-12))[:, None])

@@ -11,7 +11,7 @@ too. The L1 term is weighted by decoder norms where these are free.
 import torch
 from torch import Tensor, nn
 
-from fastcache.sae.architectures.base import Sae, StepFigures, StepInputs, l1_penalty
+from fastcache.sae.architectures.base import Sae, StepFigures, StepInputs, add_norm_grad, l1_weights
 
 
 class GatedSae(Sae):
@@ -46,8 +46,12 @@ class GatedSae(Sae):
         counts = (latent_acts > 0).to(x.dtype).sum(0)
         squared_error, _, _, grad_acts = self.reconstruct(x, latent_acts)
         gate_error = self.decode(gate) - x
-        l1, each = l1_penalty(gate, self.W_dec, inputs.coefficient, self.norm_weighted)
-        grad_gate = torch.addmm(each, gate_error * (2 / len(x)), self.W_dec.T)
+        weights, each = l1_weights(self.W_dec, self.norm_weighted), inputs.coefficient / len(x)
+        gate_sums = gate.sum(0)
+        l1 = gate_sums @ weights / len(x)
+        if self.norm_weighted:
+            add_norm_grad(self.W_dec, gate_sums * each)
+        grad_gate = torch.addmm(weights * each, gate_error * (2 / len(x)), self.W_dec.T)
         grad_gate *= (gate > 0).to(x.dtype)
         self.b_gate.grad = grad_gate.sum(0)
         grad_acts *= (latent_acts > 0).to(x.dtype)

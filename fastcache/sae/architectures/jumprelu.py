@@ -70,19 +70,22 @@ class JumpReluSae(SinglePathSae):
         active = (z > theta).to(z.dtype)
         near = ((z - theta).abs() < self.bandwidth / 2).to(z.dtype)
         through_acts = (grad * near).sum(0) * -(theta / self.bandwidth)
-        each = -coefficient / (self.bandwidth * len(z))
-        if self.target_l0 is None:
-            sparsity = active.sum(0).sum() / len(z)
-            through_l0 = near.sum(0) * each
-        else:
-            excess = active.sum(1) - self.target_l0
-            sparsity = (2 / self.target_l0) * excess.square().mean()
-            through_l0 = (excess @ near) * (each * 4 / self.target_l0)
-        self._threshold_grad(through_acts + through_l0, theta)
+        sparsity, slope = self.l0_penalty(active.sum(1), coefficient)
+        through_l0 = (slope @ near) * (-1 / self.bandwidth)
+        self.fill_threshold_grad(through_acts + through_l0)
         grad *= active
         return sparsity
 
-    def _threshold_grad(self, grad_theta: Tensor, _theta: Tensor) -> None:
+    def l0_penalty(self, l0: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
+        """The sparsity term of rows with L0 `l0` `[n]`; and its derivative by each row's, `[n]`, with coefficient."""
+        each = coefficient / len(l0)
+        if self.target_l0 is None:
+            return l0.mean(), torch.full_like(l0, each)
+        excess = l0 - self.target_l0
+        return (2 / self.target_l0) * excess.square().mean(), excess * (each * 4 / self.target_l0)
+
+    def fill_threshold_grad(self, grad_theta: Tensor) -> None:
+        """Take the gradient of theta `[d_sae]`."""
         self.threshold.grad = grad_theta
 
     @torch.no_grad()
@@ -108,8 +111,9 @@ class LogJumpReluSae(JumpReluSae):
         """Make theta `[d_sae]` the thresholds."""
         self.log_threshold.copy_(theta.log())
 
-    def _threshold_grad(self, grad_theta: Tensor, theta: Tensor) -> None:
-        self.log_threshold.grad = grad_theta * theta
+    def fill_threshold_grad(self, grad_theta: Tensor) -> None:
+        """See `JumpReluSae.fill_threshold_grad`."""
+        self.log_threshold.grad = grad_theta * self.theta
 
     def after_step(self) -> None:
         """exp is positive."""

@@ -43,23 +43,28 @@ class SinglePathSae(Sae):
         self.b_enc.grad = grad_pre_acts.sum(0)
 
     def _revive_dead(self, z: Tensor, error: Tensor, grad: Tensor, inputs: StepInputs) -> Tensor:
-        """The auxiliary loss AuxK: dead latents reconstruct what the living ones miss. Adds its gradients.
-
-        aux_coefficient min(1, n_dead / k) ||e - W_dec^T top_k(z_dead)||^2, e = x - recon held fixed, k = d_in / 2: Gao et
-        al. 2024 (arXiv 2406.04093), appendix A.2, with the factor of sparsify and SAELens for few dead latents.
-        """
-        dead = inputs.dead
-        if dead is None or not len(dead) or not inputs.aux_coefficient:
+        if inputs.dead is None or not inputs.revives:
             return z.new_zeros(())
-        wanted = max(1, self.d_in // 2)
-        weight = inputs.aux_coefficient * min(1.0, len(dead) / wanted)
-        values, places = z[:, dead].topk(min(wanted, len(dead)), sorted=False)
-        acts = z.new_zeros(len(z), len(dead)).scatter_(1, places, values)
-        rows = self.W_dec[dead]
-        miss = torch.addmm(error, acts, rows)
-        grad_miss = miss * (2 * weight / len(z))
-        if self.W_dec.grad is not None:
-            self.W_dec.grad.index_add_(0, dead, acts.T @ grad_miss)
-        grad_acts = (grad_miss @ rows.T).gather(1, places)
-        grad.index_add_(1, dead, torch.zeros_like(acts).scatter_(1, places, grad_acts))
-        return weight * miss.square().sum(1).mean()
+        aux, grad_dead = revive_dead(self, z[:, inputs.dead], error, inputs.dead, inputs.aux_coefficient)
+        grad.index_add_(1, inputs.dead, grad_dead)
+        return aux
+
+
+def revive_dead(sae: Sae, z_dead: Tensor, error: Tensor, dead: Tensor, aux_coefficient: float) -> tuple[Tensor, Tensor]:
+    """The auxiliary loss AuxK: dead latents reconstruct what the living ones miss. Adds to the gradient of W_dec.
+
+    aux_coefficient min(1, n_dead / k) ||e - W_dec^T top_k(z_dead)||^2, e = x - recon held fixed, k = d_in / 2: Gao et
+    al. 2024 (arXiv 2406.04093), appendix A.2, with the factor of sparsify and SAELens for few dead latents. `dead`
+    `[n_dead]` are the latents, `z_dead` `[n, n_dead]` their pre-activations, whose gradient is returned with the loss.
+    """
+    wanted = max(1, sae.d_in // 2)
+    weight = aux_coefficient * min(1.0, len(dead) / wanted)
+    values, places = z_dead.topk(min(wanted, len(dead)), sorted=False)
+    acts = torch.zeros_like(z_dead).scatter_(1, places, values)
+    rows = sae.W_dec[dead]
+    miss = torch.addmm(error, acts, rows)
+    grad_miss = miss * (2 * weight / len(miss))
+    if sae.W_dec.grad is not None:
+        sae.W_dec.grad.index_add_(0, dead, acts.T @ grad_miss)
+    grad_acts = (grad_miss @ rows.T).gather(1, places)
+    return weight * miss.square().sum(1).mean(), torch.zeros_like(acts).scatter_(1, places, grad_acts)

@@ -6,7 +6,7 @@ loss = ||x - xhat||^2 + lambda ||f||_1, a mean over the batch; or lambda sum_i f
 
 from torch import Tensor
 
-from fastcache.sae.architectures.base import l1_penalty
+from fastcache.sae.architectures.base import add_norm_grad, l1_weights
 from fastcache.sae.architectures.single_path import SinglePathSae
 
 
@@ -26,7 +26,13 @@ class StandardSae(SinglePathSae):
 
     def backward_acts(self, z: Tensor, latent_acts: Tensor, grad: Tensor, coefficient: float) -> Tensor:
         """See `SinglePathSae.backward_acts`. d loss / d f = 2 (xhat - x) W_dec^T + lambda, where f > 0."""
-        l1, each = l1_penalty(latent_acts, self.W_dec, coefficient, self.norm_weighted)
-        grad += each
+        weights = l1_weights(self.W_dec, self.norm_weighted)
+        grad += weights * (coefficient / len(z))
         grad *= (latent_acts > 0).to(grad.dtype)
-        return l1
+        return self.l1(latent_acts.sum(0), weights, len(z), coefficient)
+
+    def l1(self, sums: Tensor, weights: Tensor, n: int, coefficient: float) -> Tensor:
+        """The L1 term from the sums `[d_sae]` of the latents over n rows; adds what its weights add to W_dec's gradient."""
+        if self.norm_weighted:
+            add_norm_grad(self.W_dec, sums * (coefficient / n))
+        return sums @ weights / n

@@ -28,10 +28,12 @@ class Forward(NamedTuple):
 
     counts: Tensor
     """How often each latent was active, `[d_sae]`."""
-    sums: Tensor | None
-    """Of each latent's activations, `[d_sae]`; for ReLU."""
-    row_counts: Tensor | None
-    """Active latents of each row, `[n]`; for JumpReLU."""
+    sums: Tensor
+    """Of each latent's activations, `[d_sae]`; empty for JumpReLU."""
+    row_counts: Tensor
+    """Active latents of each row, `[n]`; empty for ReLU."""
+    n_entries: Tensor
+    """Latents that were active or near their thresholds, in all."""
 
 
 def groups(n: int) -> tuple[int, int]:
@@ -59,7 +61,8 @@ class CompiledOps:
         size, n = groups(len(z))
         sums, counts = self._partial("sums", n, z), self._partial("counts", n, z)
         spread(kernels.relu_forward, n, *arrays(size, z, sums, counts))
-        return Forward(counts.sum(0), sums.sum(0), None)
+        per_latent = counts.sum(0)
+        return Forward(per_latent, sums.sum(0), z[:0], per_latent.sum())
 
     def relu_backward(self, grad: Tensor, acts: Tensor) -> Tensor:
         """`grad` becomes that of z; returns its sums `[d_sae]`."""
@@ -72,9 +75,9 @@ class CompiledOps:
         """z becomes z H(z - theta), with -0.0 for what is inactive and near the threshold."""
         size, n = groups(len(z))
         counts, row_counts = self._partial("counts", n, z), self._buffers.get("row_counts", len(z), dtype=z.dtype)
-        half = theta.numpy().dtype.type(bandwidth / 2)
-        spread(kernels.jump_forward, n, *arrays(size, z, theta, half, counts, row_counts))
-        return Forward(counts.sum(0), None, row_counts)
+        entries, half = self._buffers.get("row_entries", len(z), dtype=z.dtype), theta.numpy().dtype.type(bandwidth / 2)
+        spread(kernels.jump_forward, n, *arrays(size, z, theta, half, counts, row_counts, entries))
+        return Forward(counts.sum(0), z[:0], row_counts, entries.sum())
 
     def jump_backward(
         self, grad: Tensor, acts: Tensor, theta: Tensor, bandwidth: float, penalty: Tensor
@@ -113,7 +116,8 @@ class TorchOps:
         """See `CompiledOps.relu`."""
         z.relu_()
         active = torch.gt(z, 0, out=self._scratch(z))  # as numbers: torch is slow at sums of booleans
-        return Forward(_sum(active, 0), _sum(z, 0), None)
+        counts = _sum(active, 0)
+        return Forward(counts, _sum(z, 0), z[:0], counts.sum())
 
     def relu_backward(self, grad: Tensor, acts: Tensor) -> Tensor:
         """See `CompiledOps.relu_backward`."""
@@ -127,7 +131,7 @@ class TorchOps:
         active = torch.gt(z, theta, out=scratch)
         counts, row_counts = _sum(active, 0), _sum(active, 1)
         z.mul_(active)
-        return Forward(counts, None, row_counts)
+        return Forward(counts, z[:0], row_counts, counts.sum())
 
     def jump_backward(
         self, grad: Tensor, acts: Tensor, theta: Tensor, bandwidth: float, penalty: Tensor

@@ -47,23 +47,30 @@ def relu_backward(first: int, last: int, size: int, grad: Array, acts: Array, su
 
 @compiled
 def jump_forward(
-    first: int, last: int, size: int, z: Array, theta: Array, half: float, counts: Array, row_counts: Array
-) -> None:
-    """z becomes z H(z - theta), with -0.0 for what is inactive and near; counts of the active by group and by row."""
+    first: int, last: int, size: int, z: Array, theta: Array, half: float, counts: Array, row_counts: Array,
+    row_entries: Array,
+) -> None:  # fmt: skip
+    """z becomes z H(z - theta), with -0.0 for what is inactive and near.
+
+    Counts the active ones by group and by row, and those active or near by row.
+    """
     zero, one, minus_zero = z.dtype.type(0), z.dtype.type(1), z.dtype.type(-0.0)
     n, d_sae = z.shape
     for group in range(first, last):
         counts[group, :] = zero
         for row in range(group * size, min(n, group * size + size)):
-            in_row = zero
+            in_row, entries = zero, zero
             for j in range(d_sae):
                 value = z[row, j]
                 active = value > theta[j]
-                inactive = minus_zero if value > theta[j] - half else zero
+                near = value > theta[j] - half
+                inactive = minus_zero if near else zero
                 z[row, j] = value if active else inactive
                 counts[group, j] += one if active else zero
                 in_row += one if active else zero
+                entries += one if near else zero
             row_counts[row] = in_row
+            row_entries[row] = entries
 
 
 @compiled
@@ -85,11 +92,14 @@ def jump_backward(
             for j in range(d_sae):
                 slope, act = grad[row, j], acts[row, j]
                 active = act > zero
-                near = (active and act - theta[j] < half) or bits[row, j] == minus_zero
+                near = bits[row, j] == minus_zero
+                if active:
+                    near = act - theta[j] < half
+                through = (theta[j] * slope + of_row) * per_width  # found for all: the loop has no branch then
                 kept = slope if active else zero
                 grad[row, j] = kept
                 sums[group, j] += kept
-                theta_sums[group, j] -= (theta[j] * slope + of_row) * per_width if near else zero
+                theta_sums[group, j] -= through if near else zero
 
 
 @compiled

@@ -35,15 +35,18 @@ class Gradients(NamedTuple):
     """How often each latent was active."""
     more: Tensor
     """The gradient of theta, or for ReLU the sums of each latent's activations."""
+    error: Tensor
+    """2/n (recon - x) `[n, d_in]`."""
+    n_entries: Tensor
 
 
 class Entries:
     """The entries of one batch; see `sparse_kernels`."""
 
-    def __init__(self, buffers: Buffers, n: int, d_sae: int, dtype: torch.dtype, capacity: float = CAPACITY) -> None:
+    def __init__(self, buffers: Buffers, n: int, d_sae: int, dtype: torch.dtype) -> None:
         self._buffers, self._dtype, self._n, self._d_sae = buffers, dtype, n, d_sae
         self._size, self._n_groups = groups(n)
-        self._capacity = max(self._size, int(capacity * d_sae * self._size))
+        self._capacity = max(self._size, int(CAPACITY * d_sae * self._size))
 
     def _integers(self, name: str, *shape: int) -> Tensor:
         return self._buffers.get(name, *shape, dtype=torch.int32)
@@ -85,16 +88,17 @@ class Entries:
             number = theta.numpy().dtype.type
             given = *arrays(errors, x, theta), number(bandwidth / 2), number(1 / bandwidth), penalty.numpy()
             spread(kernels.jump_columns, self._d_sae, *by_latent, *given, *found)
-        return Gradients(squares.sum(), grad_enc, sums, grad_dec, errors.sum(0), counts, more)
+        return Gradients(squares.sum(), grad_enc, sums, grad_dec, errors.sum(0), counts, more, errors, self.n_entries)
 
     def _sort_and_decode(self, x: Tensor, W_dec: Tensor, b_dec: Tensor, errors: Tensor, squares: Tensor) -> list[Any]:
         starts = self._integers("starts", self._d_sae + 1)
         kernels.offsets(*arrays(self._places, starts))
-        self.n_entries = int(starts[-1])
-        rows = self._integers("by_latent_rows", self.n_entries)
+        self.n_entries = starts[-1]
+        n = int(self.n_entries)
+        rows = self._integers("by_latent_rows", n)
         values, grads = (
-            self._numbers("by_latent_values", self.n_entries),
-            self._numbers("by_latent_grads", self.n_entries),
+            self._numbers("by_latent_values", n),
+            self._numbers("by_latent_grads", n),
         )
         scale = x.numpy().dtype.type(2 / self._n)
         given = self._size, self._capacity, self._ends, self._latents, self._values, W_dec, b_dec, x, scale
