@@ -1,6 +1,6 @@
 """Adam with clipping and unit decoder rows in one pass over the parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastcache.sae.fast import adam_kernels as kernels
 from fastcache.sae.fast.dense import arrays
-from fastcache.sae.fast.threads import compiles, spread
+from fastcache.sae.fast.threads import spread
 
 
 class FastAdam(torch.optim.Adam):
@@ -17,12 +17,19 @@ class FastAdam(torch.optim.Adam):
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As torch's, with the moments laid out in memory as their parameters are: a step goes over both side by side."""
-        super().load_state_dict(dict(state_dict))
-        for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
+    def step(self, closure: Any = None) -> Any:
+        """See `torch.optim.Adam.step`."""
+        for parameter in self.state:
+            self._lay_out(parameter)
+        return super().step(closure)
+
+    def _lay_out(self, parameter: Tensor) -> dict[str, Any]:
+        """Its state, with the moments in memory as the parameter is, which neither loading nor a change of it cares for."""
+        state: dict[str, Any] = self.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and state[name].stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter).copy_(state[name])
+        return state
 
     @torch.no_grad()
     def clipped_step(self, lr: float, clip_norm: float, unit_rows: nn.Parameter | None) -> None:
@@ -40,7 +47,7 @@ class FastAdam(torch.optim.Adam):
             self._update(parameter, lr, scale, parameter is unit_rows)
 
     def _update(self, parameter: nn.Parameter, lr: float, scale: float, unit_rows: bool) -> None:
-        group, state = self.param_groups[0], self.state[parameter]
+        group, state = self.param_groups[0], self._lay_out(parameter)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -52,11 +59,6 @@ class FastAdam(torch.optim.Adam):
         moments = (_flat(state[name], parameter) for name in ("exp_avg", "exp_avg_sq"))
         tensors = arrays(weights, _flat(parameter.grad, parameter), *moments)
         spread(kernels.adam, len(weights), *tensors, *map(number, rest), unit_rows)
-
-
-def usable(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether `clipped_step` can be used for these."""
-    return compiles and all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) for p in parameters)
 
 
 def _flat(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor:

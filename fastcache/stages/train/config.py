@@ -108,6 +108,12 @@ class TrainConfig:
     )
     buffer_tokens: int = option(1_048_576, help="Rows of the mixing buffer.", at_least=1)  # docs/benchmarks/shuffle.md
     seed: int = option(42, help="Seed of weights and shuffle.", at_least=0)
+    precision: str = option(
+        "float32",
+        choices=("float32", "tf32", "bf16"),
+        help="Least precision of matrix products; the fastest that this machine has is used. Weights are float32.",
+    )
+    plain: bool = option(False, help="Leave out the fast steps: the architecture's equations and torch's Adam.")
     device: str | None = option(None, help="Device to train on. Default: cuda where there is one, else cpu.")
     on_corrupt: str = option(
         "stop",

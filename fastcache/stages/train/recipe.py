@@ -60,6 +60,8 @@ class Recipe:
     aux_coefficient: float
     dead_window: int
     clip_norm: float
+    precision: str
+    plain: bool
     seed: int
 
     def as_json(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int) -> Recipe:
         name=config.recipe, arch=config.arch, d_in=d_in, d_sae=d_sae, lr_end=end, target_l0=target, k=k,
         steps=_steps(config, n_rows, chosen["batch_size"]), coefficient=_coefficient(config, d_in),
         widths=_checked_widths(widths, d_sae) if config.arch == "matryoshka" else (), clip_norm=config.clip_norm,
-        seed=config.seed, **chosen,
+        precision=config.precision, plain=config.plain, seed=config.seed, **chosen,
     )  # fmt: skip
 
 
@@ -115,6 +117,10 @@ def _check(config: TrainConfig) -> None:
             raise InputError(
                 f"--{name.replace('_', '-')} is an option of --arch {' and '.join(arches)}, not of {config.arch}. Leave it out."
             )
+    if config.plain and config.precision != "float32":
+        raise InputError(
+            f"--plain multiplies in float32, and --precision {config.precision} was asked for. Leave one out."
+        )
     if config.coefficient and config.arch in WITH_K:
         raise InputError(
             f"--coefficient means nothing to {config.arch}, which has no sparsity penalty. Set --k instead."

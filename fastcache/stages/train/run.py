@@ -72,6 +72,8 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
             trainer.initialise(_median_sample(cache, hook, config.seed, device, config.on_corrupt == "skip"))
         elif changed:
             progress.say(f"Note: this resumes on another machine ({', '.join(changed)}), so last bits may differ.")
+        for note in trainer.choose_products():
+            progress.say(note)
         for name in (METRICS_FILE, EVENTS_FILE):
             _cut_log(out / name, trainer.step_number)
         _run(run, config, cache.manifest.dtype, out, progress)

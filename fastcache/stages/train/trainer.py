@@ -15,6 +15,10 @@ from fastcache.sae.architectures import (
     StepFigures,
     StepInputs,
 )
+from fastcache.sae.fast.adam import FastAdam
+from fastcache.sae.fast.products import PLAIN, choose_route, confirm_route
+from fastcache.sae.fast.step import fast_step
+from fastcache.sae.fast.threads import compiles
 from fastcache.sae.init import initialise, thresholds_for
 from fastcache.sae.schedules import LearningRate, sparsity_coefficient
 from fastcache.stages.train.recipe import Recipe
@@ -44,12 +48,31 @@ class Trainer:
         self.sae = build_sae(recipe).to(device)
         self.scale = 1.0
         """What activations are multiplied with before the SAE sees them."""
-        self._optimizer = torch.optim.Adam(self.sae.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)
+        self._optimizer = FastAdam(self.sae.parameters(), lr=recipe.lr)
+        self._fast = None if recipe.plain else fast_step(self.sae)
+        self._route_is_chosen = False
+        self._fast_adam = not recipe.plain and device == "cpu" and compiles
         warm_up, decay = round(recipe.lr_warm_up * self.n_steps), round(recipe.lr_decay * self.n_steps)
         self._rate = LearningRate(recipe.lr, recipe.lr_end, warm_up, decay, self.n_steps)
         self._coefficient_steps = round(recipe.coefficient_warm_up * self.n_steps)
         self._last_fired = torch.zeros(self.sae.d_sae, dtype=torch.long, device=device)
         self._dead = self._last_fired[:0]
+
+    def choose_products(self) -> list[str]:
+        """Pick the way to multiply, unless the checkpoint has said it; returns what the user should know of the steps."""
+        if self.recipe.plain:
+            return []
+        recipe, notes = self.recipe, []
+        if not compiles:
+            notes.append("numba isn't here: steps run in torch operations alone, which takes longer.")
+        if self._fast and not self._route_is_chosen:
+            self._fast.route = choose_route(recipe.precision, self.sae.b_dec.device, recipe.d_in, recipe.d_sae)
+            self._route_is_chosen = True
+        used = self._fast.route if self._fast else PLAIN
+        if recipe.precision not in ("float32", used.name):
+            why = "no faster on this machine" if self._fast else f"not used by {recipe.arch}"
+            notes.append(f"Products in {recipe.precision} are {why}; these are in {used.name}.")
+        return notes
 
     @torch.no_grad()
     def initialise(self, sample: Tensor) -> None:
@@ -81,20 +104,28 @@ class Trainer:
         if self.step_number % DEAD_EVERY == 0 and self.recipe.aux_coefficient:
             self._dead = self._is_dead().nonzero()[:, 0]
         inputs = StepInputs(self.coefficient, self.recipe.aux_coefficient, self._dead)
-        figures = self.sae.loss_and_grads(self._scaled(x), inputs)
-        if self.recipe.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.clip_norm)
-        if self.recipe.decoder_norm == "unit":
-            self.sae.remove_parallel_decoder_gradient()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self._optimizer.step()
-        if self.recipe.decoder_norm == "unit":
-            self.sae.normalise_decoder()
+        compute = self._fast or self.sae.loss_and_grads
+        figures = compute(self._scaled(x), inputs)
+        unit_rows = self.sae.W_dec if self.recipe.decoder_norm == "unit" else None
+        if self._fast_adam:
+            self._optimizer.clipped_step(self.learning_rate, self.recipe.clip_norm, unit_rows)
+        else:
+            self._plain_update(unit_rows is not None)
         self.sae.after_step()
         self.step_number += 1
         self._last_fired.masked_fill_(figures.fired, self.step_number)
         return figures
+
+    def _plain_update(self, unit_rows: bool) -> None:
+        if self.recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.clip_norm)
+        if unit_rows:
+            self.sae.remove_parallel_decoder_gradient()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self._optimizer.step()
+        if unit_rows:
+            self.sae.normalise_decoder()
 
     def _is_dead(self) -> Tensor:
         return self.step_number - self._last_fired > self.recipe.dead_window
@@ -125,7 +156,9 @@ class Trainer:
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        scalars = {"step": self.step_number, "scale": self.scale}
+        scalars: dict[str, Any] = {"step": self.step_number, "scale": self.scale}
+        if self._fast:
+            scalars |= {"route": self._fast.route.name, "sparse": self._fast.sparse}
         return scalars, {**tensors, "last_fired": self._last_fired, "dead": self._dead}
 
     def load_state_dict(self, scalars: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -141,3 +174,7 @@ class Trainer:
         device = self.sae.b_dec.device
         self._last_fired, self._dead = tensors["last_fired"].to(device), tensors["dead"].to(device)
         self.step_number, self.scale = scalars["step"], scalars["scale"]
+        if self._fast and "route" in scalars:
+            route = confirm_route(scalars["route"], self.recipe.precision, device)
+            self._fast.route, self._fast.sparse = route or self._fast.route, scalars["sparse"]
+            self._route_is_chosen = route is not None
