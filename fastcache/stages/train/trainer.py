@@ -44,7 +44,12 @@ class Trainer:
         self.sae = build_sae(recipe).to(device)
         self.scale = 1.0
         """What activations are multiplied with before the SAE sees them."""
-        self._optimizer = torch.optim.Adam(self.sae.parameters(), lr=recipe.lr, betas=(0.9, 0.999), fused=True)
+        thresholds = [value for name, value in self.sae.named_parameters() if "threshold" in name]
+        weights = [value for name, value in self.sae.named_parameters() if "threshold" not in name]
+        groups = [{"params": weights, "factor": 1.0}, {"params": thresholds, "factor": recipe.theta_lr}]
+        self._optimizer = torch.optim.Adam(
+            [group for group in groups if group["params"]], lr=recipe.lr, betas=(0.9, 0.999), fused=True
+        )
         warm_up, decay = round(recipe.lr_warm_up * self.n_steps), round(recipe.lr_decay * self.n_steps)
         self._rate = LearningRate(recipe.lr, recipe.lr_end, warm_up, decay, self.n_steps)
         self._coefficient_steps = round(recipe.coefficient_warm_up * self.n_steps)
@@ -87,7 +92,7 @@ class Trainer:
         if self.recipe.decoder_norm == "unit":
             self.sae.remove_parallel_decoder_gradient()
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["factor"]
         self._optimizer.step()
         if self.recipe.decoder_norm == "unit":
             self.sae.normalise_decoder()
