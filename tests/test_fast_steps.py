@@ -253,7 +253,7 @@ def two_optimisers(dtype, clip_norm, unit_rows, steps=5):
                 value.grad = numbers(*value.shape, seed=100 * step + i + 50, dtype=dtype)
             values["W_enc"].grad = values["W_enc"].grad.T.contiguous().T
             if fast:
-                optimizer.clipped_step(0.01, clip_norm, W_dec if unit_rows else None)
+                optimizer.clipped_step(clip_norm, W_dec if unit_rows else None)
                 continue
             with torch.no_grad():
                 if clip_norm:
@@ -284,7 +284,7 @@ def test_fast_adam_equals_torch(dtype, tolerance, clip_norm, unit_rows):
 def test_a_gradient_that_is_nan_is_not_clipped_away():
     (_, _), (values, optimizer) = two_optimisers(torch.float32, 1.0, unit_rows=False, steps=1)
     values["b"].grad[3] = float("nan")
-    optimizer.clipped_step(0.01, 1.0, None)
+    optimizer.clipped_step(1.0, None)
     assert values["W_dec"].isnan().all()
 
 
@@ -305,6 +305,6 @@ def test_fast_adam_goes_on_from_a_state_laid_out_otherwise():
     again.load_state_dict(state)
     for name, value in values.items():
         others[name].grad = value.grad = numbers(*value.shape, seed=77, dtype=torch.float32)
-    optimizer.clipped_step(0.01, 1.0, values["W_dec"])
-    again.clipped_step(0.01, 1.0, others["W_dec"])
+    optimizer.clipped_step(1.0, values["W_dec"])
+    again.clipped_step(1.0, others["W_dec"])
     assert all(torch.equal(values[name], others[name]) for name in values)

@@ -14,7 +14,7 @@ from fastcache.sae.fast.threads import spread
 class FastAdam(torch.optim.Adam):
     """torch's Adam with the same state, and a step that clips, projects and normalises on its way."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float) -> None:
         super().__init__(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
 
     def step(self, closure: Any = None) -> Any:
@@ -32,22 +32,22 @@ class FastAdam(torch.optim.Adam):
         return state
 
     @torch.no_grad()
-    def clipped_step(self, lr: float, clip_norm: float, unit_rows: nn.Parameter | None) -> None:
-        """One step with learning rate `lr`, after the gradient was clipped to `clip_norm` (0: not).
+    def clipped_step(self, clip_norm: float, unit_rows: nn.Parameter | None) -> None:
+        """One step, after the gradients were clipped to a norm of `clip_norm` together (0: not).
 
         `unit_rows` has rows of unit norm, and keeps them: see `adam_kernels.adam`. Needs float parameters on a CPU.
         """
-        parameters = [p for p in self.param_groups[0]["params"] if p.grad is not None]
+        pairs = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         scale = 1.0
         if clip_norm:
-            norm = float(torch.stack([_squared_norm(_flat(p.grad, p)) for p in parameters]).sum()) ** 0.5
+            norm = float(torch.stack([_squared_norm(_flat(p.grad, p)) for _, p in pairs]).sum()) ** 0.5
             # Not min: a norm that is NaN has to show.
             scale = 1.0 if norm + 1e-6 <= clip_norm else clip_norm / (norm + 1e-6)
-        for parameter in parameters:
-            self._update(parameter, lr, scale, parameter is unit_rows)
+        for group, parameter in pairs:
+            self._update(parameter, group, scale, parameter is unit_rows)
 
-    def _update(self, parameter: nn.Parameter, lr: float, scale: float, unit_rows: bool) -> None:
-        group, state = self.param_groups[0], self._lay_out(parameter)
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any], scale: float, unit_rows: bool) -> None:
+        state = self._lay_out(parameter)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -55,7 +55,7 @@ class FastAdam(torch.optim.Adam):
         (beta1, beta2), t = group["betas"], float(state["step"])
         weights = _flat(parameter, parameter)
         number = weights.numpy().dtype.type
-        rest = scale, 1 - beta1, 1 - beta2, lr / (1 - beta1**t), (1 - beta2**t) ** 0.5, group["eps"]
+        rest = scale, 1 - beta1, 1 - beta2, group["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5, group["eps"]
         moments = (_flat(state[name], parameter) for name in ("exp_avg", "exp_avg_sq"))
         tensors = arrays(weights, _flat(parameter.grad, parameter), *moments)
         spread(kernels.adam, len(weights), *tensors, *map(number, rest), unit_rows)

@@ -82,6 +82,11 @@ class TrainConfig:
         choices=("direct", "log"),
         help="jumprelu: train the thresholds (modern) or their logarithms (fast-paper).",
     )
+    theta_lr: float | None = option(
+        None,
+        help="jumprelu: learning rate of the thresholds, times --lr. modern: sqrt(d_in); fast-paper: 1.",
+        at_least=0,
+    )
     threshold: float | None = option(
         None, help="jumprelu: initial threshold. modern: such that target-l0 latents are active; fast-paper: 0.001.",
         at_least=1e-12,

@@ -13,17 +13,18 @@ SMALLEST_BATCH = 256
 MODERN_L0 = 64
 
 PAPER_LAMBDA = {"standard": 5.0, "jumprelu": 0.01}
-MODERN_L1 = 5.0
+MODERN_L1 = {"standard": 0.1, "gated": 0.3}
+"""Times sqrt(d_in), as which latents of scaled activations grow."""
 MODERN_L0_COEFFICIENT = 1 / 256
 
 FAST_PAPER: dict[str, Any] = {
     "batch_size": 128, "lr": 7e-5, "lr_warm_up": 0.05, "lr_decay": 0.2, "coefficient_warm_up": 0.03125,
-    "scale_activations": False, "init": "kaiming", "decoder_norm": "unit", "theta": "log", "threshold": 0.001,
+    "scale_activations": False, "init": "kaiming", "decoder_norm": "unit", "theta": "log", "theta_lr": 1.0, "threshold": 0.001,
     "bandwidth": 0.001, "aux_coefficient": 0.0, "dead_window": 1000,
 }  # fmt: skip
 MODERN: dict[str, Any] = {
     "batch_size": 4096, "lr_warm_up": 0.05, "lr_decay": 0.2, "coefficient_warm_up": 0.05, "scale_activations": True,
-    "init": "tied", "decoder_norm": "unit", "theta": "direct", "bandwidth": 1.0, "aux_coefficient": 1 / 32,
+    "init": "tied", "decoder_norm": "unit", "theta": "direct", "theta_lr": 1.0, "bandwidth": 1.0, "aux_coefficient": 1 / 32,
     "dead_window": 250,
 }  # fmt: skip
 NORM_WEIGHTED = ("standard", "gated")
@@ -54,6 +55,8 @@ class Recipe:
     init: str
     decoder_norm: str
     theta: str
+    theta_lr: float
+    """Learning rate of the thresholds, in those of the weights."""
     threshold: float | None
     """None: found from a sample of activations."""
     bandwidth: float
@@ -66,7 +69,7 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready, without what the architecture doesn't have."""
-        left_out = set() if self.arch == "jumprelu" else {"theta", "threshold", "bandwidth"}
+        left_out = set() if self.arch == "jumprelu" else {"theta", "theta_lr", "threshold", "bandwidth"}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -83,6 +86,8 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int) -> Recipe:
     if not paper:
         chosen["lr"] = 2e-4 / (d_sae / 2**14) ** 0.5  # Gao et al. 2024, figure 3
         chosen["threshold"] = None
+        # Pre-activations are sums of d_in terms; thresholds at the weights' rate would lag behind them.
+        chosen["theta_lr"] = d_in**0.5
         while chosen["batch_size"] > max(SMALLEST_BATCH, n_rows // MODERN_STEPS):
             chosen["batch_size"] //= 2
         chosen["decoder_norm"] = "free" if config.arch in NORM_WEIGHTED else "unit"
@@ -111,7 +116,7 @@ def _check(config: TrainConfig) -> None:
             "them. Leave --recipe out: modern has all."
         )
     only = {"k": WITH_K, "widths": ("matryoshka",), "target_l0": ("jumprelu",), "theta": ("jumprelu",)}
-    only |= {"threshold": ("jumprelu",), "bandwidth": ("jumprelu",)}
+    only |= dict.fromkeys(("theta_lr", "threshold", "bandwidth"), ("jumprelu",))
     for name, arches in only.items():
         if getattr(config, name) not in (None, ()) and config.arch not in arches:
             raise InputError(
@@ -140,7 +145,9 @@ def _coefficient(config: TrainConfig, d_in: int) -> float:
     if config.recipe == "fast-paper":
         return PAPER_LAMBDA[config.arch]
     # The squared error of scaled activations is of the order of d_in, L0 of that of its target.
-    return {"jumprelu": MODERN_L0_COEFFICIENT * d_in, "standard": MODERN_L1, "gated": MODERN_L1}.get(config.arch, 0.0)
+    if config.arch == "jumprelu":
+        return MODERN_L0_COEFFICIENT * d_in
+    return MODERN_L1.get(config.arch, 0.0) * d_in**0.5
 
 
 def _steps(config: TrainConfig, n_rows: int, batch_size: int) -> int:

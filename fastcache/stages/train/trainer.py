@@ -48,7 +48,10 @@ class Trainer:
         self.sae = build_sae(recipe).to(device)
         self.scale = 1.0
         """What activations are multiplied with before the SAE sees them."""
-        self._optimizer = FastAdam(self.sae.parameters(), lr=recipe.lr)
+        thresholds = [value for name, value in self.sae.named_parameters() if "threshold" in name]
+        weights = [value for name, value in self.sae.named_parameters() if "threshold" not in name]
+        groups = [{"params": weights, "factor": 1.0}, {"params": thresholds, "factor": recipe.theta_lr}]
+        self._optimizer = FastAdam([group for group in groups if group["params"]], lr=recipe.lr)
         self._fast = None if recipe.plain else fast_step(self.sae)
         self._route_is_chosen = False
         self._fast_adam = not recipe.plain and device == "cpu" and compiles
@@ -106,23 +109,24 @@ class Trainer:
         inputs = StepInputs(self.coefficient, self.recipe.aux_coefficient, self._dead)
         compute = self._fast or self.sae.loss_and_grads
         figures = compute(self._scaled(x), inputs)
-        unit_rows = self.sae.W_dec if self.recipe.decoder_norm == "unit" else None
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate * group["factor"]
         if self._fast_adam:
-            self._optimizer.clipped_step(self.learning_rate, self.recipe.clip_norm, unit_rows)
+            unit_rows = self.sae.W_dec if self.recipe.decoder_norm == "unit" else None
+            self._optimizer.clipped_step(self.recipe.clip_norm, unit_rows)
         else:
-            self._plain_update(unit_rows is not None)
+            self._plain_update()
         self.sae.after_step()
         self.step_number += 1
         self._last_fired.masked_fill_(figures.fired, self.step_number)
         return figures
 
-    def _plain_update(self, unit_rows: bool) -> None:
+    def _plain_update(self) -> None:
+        unit_rows = self.recipe.decoder_norm == "unit"
         if self.recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.recipe.clip_norm)
         if unit_rows:
             self.sae.remove_parallel_decoder_gradient()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
         self._optimizer.step()
         if unit_rows:
             self.sae.normalise_decoder()
