@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INTEROP := .venv-interop
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-faults lint package bench clean
+.PHONY: demo test test-faults test-interop lint package bench clean
 
 demo: $(VENV)/.runs
 	$(BIN)/fastcache demo
@@ -15,6 +16,10 @@ test: $(VENV)/.develops
 
 test-faults: $(VENV)/.develops
 	$(BIN)/python -m pytest tests/test_faults.py tests/test_attacks.py tests/test_verify.py -m "long or not long"
+
+# SAELens and dictionary-learning want other packages than we do: they get an environment of their own.
+test-interop: $(INTEROP)/.develops
+	$(INTEROP)/bin/python -m pytest -W default tests/with_saelens
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff check .
@@ -31,7 +36,7 @@ bench: $(VENV)/.develops
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) dist build fastcache-runs
+	rm -rf $(VENV) $(INTEROP) dist build fastcache-runs
 
 # torch goes first and by its exact version: anything else pulls gigabytes of CUDA on a CPU machine.
 $(VENV)/.torch: constraints.txt
@@ -47,3 +52,12 @@ $(VENV)/.runs: $(VENV)/.torch pyproject.toml
 $(VENV)/.develops: $(VENV)/.torch pyproject.toml
 	$(PIP) $(TORCH) --editable '.[dev]'
 	touch $@ $(VENV)/.runs
+
+$(INTEROP)/.develops: constraints-interop.txt pyproject.toml
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt $(TORCH)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt $(TORCH) \
+		--editable . sae-lens pytest hypothesis einops
+	# without its dependencies, most of which are for models: the tests need its trainers only
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
+	touch $@

@@ -19,6 +19,7 @@ COMMANDS = {
     "extract": "Run the model once over a corpus; cache its residual activations.",
     "train": "Train a sparse autoencoder from a cache.",
     "evaluate": "Measure SAEs on a held-out cache, by kind of token.",
+    "export": "Write an SAE as SAELens loads it.",
     "report": "One HTML page with the tables and plots of evaluated runs.",
     "verify": "Check every byte, index and count of a cache.",
     "repair": "Compute the damaged parts of a cache again.",

@@ -51,11 +51,17 @@ class MixedOrder:
     When an epoch's units are used up, the buffer is drained; the rows that make no whole batch wait for the next epoch.
     """
 
-    def __init__(self, units: Numbers, capacity: int, batch_size: int, seed: int) -> None:
-        """`units` `[n_units, 2]`: number of the first row, and of the last row + 1, of each unit."""
-        self.capacity = min(max(capacity, 2 * batch_size), int((units[:, 1] - units[:, 0]).sum()))
+    def __init__(
+        self, units: Numbers, capacity: int, batch_size: int, seed: int, mask: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        """`units` `[n_units, 2]`: number of the first row, and of the last row + 1, of each unit.
+
+        `mask` `[n_rows]` says which rows are given; without it, all.
+        """
+        n_rows = int((units[:, 1] - units[:, 0]).sum()) if mask is None else int(mask.sum())
+        self.capacity = min(max(capacity, 2 * batch_size), n_rows)
         self.numbers: Numbers = np.full(self.capacity, -1, np.int64)
-        self._units, self._batch_size = units, batch_size
+        self._units, self._batch_size, self._mask = units, batch_size, mask
         self._unit_order = UnitOrder(len(units), seed)
         self._rng = np.random.Generator(np.random.PCG64([seed, 1]))
         self._order: Numbers = np.empty(0, np.int64)  # filled slots, shuffled
@@ -97,7 +103,7 @@ class MixedOrder:
             if not len(self.pending):
                 if self._epoch_used_up and (filled or len(waiting) >= self._batch_size):
                     break
-                self.pending = np.arange(*self._units[self._unit_order.next_unit()])
+                self.pending = self._rows_of(self._unit_order.next_unit())
             taken = min(len(self.pending), len(free) - filled)
             self.numbers[free[filled : filled + taken]] = self.pending[:taken]
             self.pending = self.pending[taken:]
@@ -105,6 +111,10 @@ class MixedOrder:
         self._order = self._rng.permutation(np.concatenate([waiting, free[:filled]]))
         self._given = 0
         return free[:filled]
+
+    def _rows_of(self, unit: int) -> Numbers:
+        start, stop = self._units[unit].tolist()
+        return np.arange(start, stop) if self._mask is None else start + np.flatnonzero(self._mask[start:stop])
 
     def next_slots(self) -> Numbers:
         """Slots `[batch_size]` of the next batch, once no rows are needed."""
@@ -147,11 +157,15 @@ def rows_of_units(cache: Cache) -> Numbers:
     return units[:, 1:] + first_rows[units[:, 0], None]
 
 
-def mixed_order(cache: Cache, capacity: int, batch_size: int, seed: int) -> MixedOrder:
-    """The order of the rows of `cache`; raises `InputError` if it can't fill a single batch."""
-    if cache.n_tokens < batch_size:
+def mixed_order(
+    cache: Cache, capacity: int, batch_size: int, seed: int, mask: npt.NDArray[np.bool_] | None = None
+) -> MixedOrder:
+    """The order of the rows of `cache` that `mask` keeps; raises `InputError` if they can't fill a single batch."""
+    n_rows = cache.n_tokens if mask is None else int(mask.sum())
+    if n_rows < batch_size:
+        kept = "" if mask is None else " to train on"
         raise InputError(
-            f"{cache.path} has {cache.n_tokens:,} rows, fewer than one batch of {batch_size:,}. "
+            f"{cache.path} has {n_rows:,} rows{kept}, fewer than one batch of {batch_size:,}. "
             "Lower --batch-size, or extract more tokens."
         )
-    return MixedOrder(rows_of_units(cache), capacity, batch_size, seed)
+    return MixedOrder(rows_of_units(cache), capacity, batch_size, seed, mask)

@@ -21,12 +21,14 @@ from fastcache.rundir import output_directory, require_space
 from fastcache.sae.storage import INFO_FILE, load_sae, save_sae
 from fastcache.stages.train.checkpoint import Run, load_checkpoint, save_checkpoint
 from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
+from fastcache.stages.train.order import rows_of_units
 from fastcache.stages.train.recipe import FAST_PAPER, Recipe, resolve
+from fastcache.stages.train.selection import Selection, select_rows
 from fastcache.stages.train.stream import MixingBuffer, read_units
 from fastcache.stages.train.trainer import Trainer
 from fastcache.stages.train.watch import EVENTS_FILE, LossWatch
 
-MEDIAN_UNITS = 32
+SAMPLE_UNITS, SAMPLE_ROWS = 32, 4096
 SHORT_RUN_STEPS = 20_000
 METRICS_FILE = "metrics.jsonl"
 OWNED = ("checkpoints", "sae.*", METRICS_FILE, EVENTS_FILE, "evaluation.json")
@@ -50,7 +52,8 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
         raise InputError(f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of --split train.")
     hook = cache.require_hook(None if config.layer is None else f"resid_post.{config.layer}")
     device = choose_device(config.device)
-    recipe = resolve(config, cache.d_in, cache.n_tokens)
+    selection = select_rows(cache, hook, config)
+    recipe = resolve(config, cache.d_in, selection.n_kept)
     settings = {
         **as_dict(config),
         "resolved": recipe.as_json(),
@@ -62,14 +65,16 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
         if (out / INFO_FILE).exists():
             progress.say(f"{out} is trained; nothing to do (--fresh starts over).")
             return load_sae(out)[1]
-        _say_recipe(recipe, progress)
+        _say_recipe(recipe, selection, progress)
         trainer = Trainer(recipe, device)
-        buffer = MixingBuffer(cache, hook, config.buffer_tokens, recipe.batch_size, config.seed, config.on_corrupt)
+        buffer = MixingBuffer(
+            cache, hook, config.buffer_tokens, recipe.batch_size, config.seed, config.on_corrupt, selection
+        )
         watch = LossWatch(cache, hook, out, 1 if device == "cpu" else config.log_every)
         run = Run(trainer, buffer, watch, device)
         changed = load_checkpoint(out, run)
         if changed is None:
-            trainer.initialise(_median_sample(cache, hook, config.seed, device, config.on_corrupt == "skip"))
+            trainer.initialise(_sample(cache, hook, config, selection, device))
         elif changed:
             progress.say(f"Note: this resumes on another machine ({', '.join(changed)}), so last bits may differ.")
         for note in trainer.choose_products():
@@ -78,6 +83,7 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
             _cut_log(out / name, trainer.step_number)
         _run(run, config, cache.manifest.dtype, out, progress)
         info = _provenance(config, trainer, cache, hook)
+        info["tokens"] = {"of": config.tokens_of, **selection.as_json(buffer.n_read, buffer.n_too_large)}
         if buffer.skipped:
             info["skipped_units"] = list(buffer.skipped.values())
             progress.say(
@@ -87,7 +93,14 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
     return info
 
 
-def _say_recipe(recipe: Recipe, progress: Progress) -> None:
+def _say_recipe(recipe: Recipe, selection: Selection, progress: Progress) -> None:
+    if selection.dropped:
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in selection.dropped.items())
+        progress.say(f"Tokens: {selection.n_kept:,} of {selection.n_rows:,} kept; left out: {dropped}")
+    if selection.largest_norm is not None:
+        progress.say(
+            f"Norm filter: rows above {selection.largest_norm:.4g} are left out; the median is {selection.median_norm:.4g}"
+        )
     tokens = recipe.steps * recipe.batch_size
     progress.say(
         f"Recipe {recipe.name}: {recipe.steps:,} steps of {recipe.batch_size:,} tokens ({tokens:,}), d_sae {recipe.d_sae:,}, "
@@ -100,12 +113,20 @@ def _say_recipe(recipe: Recipe, progress: Progress) -> None:
         )
 
 
-def _median_sample(cache: Cache, hook: str, seed: int, device: str, skip: bool) -> Tensor:
-    """Rows of some random units, for the geometric median."""
-    n_units = min(MEDIAN_UNITS, len(cache.units()))
-    units = islice(read_units(cache, hook, seed, skip=skip), n_units)
-    rows = np.concatenate([read.rows.copy() for read in units if read.error is None])
-    return to_tensor(rows, cache.manifest.dtype, device)
+def _sample(cache: Cache, hook: str, config: TrainConfig, selection: Selection, device: str) -> Tensor:
+    """Rows of some random units, of those that are trained on: for the scale, the geometric median and the thresholds."""
+    places, found, n_units = rows_of_units(cache), [], 0
+    units = read_units(cache, hook, config.seed, skip=config.on_corrupt == "skip")
+    for read in islice(units, len(places)):
+        if read.error is not None:
+            continue
+        rows = read.rows[selection.of_rows(*places[read.unit].tolist())]
+        too_large = selection.too_large(rows, cache.manifest.dtype)
+        found.append((rows if too_large is None else rows[~too_large]).copy())
+        n_units += 1
+        if n_units >= SAMPLE_UNITS and sum(map(len, found)) >= SAMPLE_ROWS:
+            break
+    return to_tensor(np.concatenate(found), cache.manifest.dtype, device)
 
 
 def _run(run: Run, config: TrainConfig, dtype: str, out: Path, progress: Progress) -> None:

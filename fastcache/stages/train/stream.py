@@ -13,7 +13,8 @@ from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.stream import ReadUnit, unit_stream
 from fastcache.cache_format.unit_array import Rows
 from fastcache.errors import IntegrityError
-from fastcache.stages.train.order import Numbers, UnitOrder, mixed_order
+from fastcache.stages.train.order import Numbers, UnitOrder, mixed_order, rows_of_units
+from fastcache.stages.train.selection import Selection
 
 
 def read_units(cache: Cache, hook: str, seed: int, position: int = 0, skip: bool = False) -> Iterator[ReadUnit]:
@@ -23,30 +24,43 @@ def read_units(cache: Cache, hook: str, seed: int, position: int = 0, skip: bool
 
 
 class MixingBuffer:
-    """The mixing buffer: gives batches of rows, every row of the cache exactly once in each epoch."""
+    """The mixing buffer: gives batches of rows, every row that is kept exactly once in each epoch."""
 
     def __init__(
-        self, cache: Cache, hook: str, capacity: int, batch_size: int, seed: int, on_corrupt: str = "stop"
+        self,
+        cache: Cache,
+        hook: str,
+        capacity: int,
+        batch_size: int,
+        seed: int,
+        on_corrupt: str = "stop",
+        selection: Selection | None = None,
     ) -> None:
         """`on_corrupt` is `stop`, or `skip`: then the rows of a damaged unit are left out of their batches.
 
+        Rows that `selection` drops for their norm are left out of their batches too, which are then smaller.
         Raises `InputError` if the cache can't fill a single batch.
         """
         self._cache, self._hook, self._seed, self._skip = cache, hook, seed, on_corrupt == "skip"
-        self._order = mixed_order(cache, capacity, batch_size, seed)
+        self._selection = selection or Selection(cache.n_tokens)
+        self._order = mixed_order(cache, capacity, batch_size, seed, self._selection.mask)
+        self._places = rows_of_units(cache)
         self._units = read_units(cache, hook, seed, skip=self._skip)
         self._rows: Rows = np.empty((self._order.capacity, cache.d_in), cache.row_dtype)
         self._pending: Rows = self._rows[:0]  # read, but not yet in a slot
         self._pending_is_damaged = False
         self.skipped: dict[int, str] = {}
         """Units that were damaged and left out, by number, with the reason."""
+        self.n_read = self.n_too_large = 0
+        """Rows put into the buffer so far, and those of them that were left out for their norm."""
 
     def _store(self, slots: Numbers) -> None:
         """Put the rows that are read next into `slots`."""
         filled = 0
         while filled < len(slots):
             if not len(self._pending):
-                unit, self._pending, error = next(self._units)
+                unit, rows, error = next(self._units)
+                self._pending = rows[self._selection.of_rows(*self._places[unit].tolist())]
                 self._pending_is_damaged = error is not None
                 if error is not None:
                     self.skipped[unit] = str(error)
@@ -56,20 +70,29 @@ class MixingBuffer:
                 self._order.numbers[mine] = -1
             else:
                 self._rows[mine] = self._pending[:taken]
+                self._leave_out(mine)
             self._pending = self._pending[taken:]
             filled += taken
         self._pending = self._pending.copy()  # the reader uses its memory again
 
+    def _leave_out(self, slots: Numbers) -> None:
+        """Mark what was put into `slots` and is too large."""
+        self.n_read += len(slots)
+        too_large = self._selection.too_large(self._rows[slots], self._cache.manifest.dtype)
+        if too_large is not None and too_large.any():
+            self._order.numbers[slots[too_large]] = -1
+            self.n_too_large += int(too_large.sum())
+
     def next_batch(self) -> tuple[Numbers, Rows]:
         """Row numbers `[batch_size]` and rows `[batch_size, d_in]`, as stored, of the next batch.
 
-        There are fewer where some are of a unit that was skipped.
+        There are fewer where some are of a unit that was skipped, or too large.
         """
         while True:
             while self._order.needs_rows:
                 self._store(self._order.refill())
             slots = self._order.next_slots()
-            if self.skipped:
+            if self.skipped or self.n_too_large:
                 slots = slots[self._order.numbers[slots] >= 0]
             if len(slots):
                 return self._order.numbers[slots], np.take(self._rows, slots, axis=0)
@@ -78,13 +101,14 @@ class MixingBuffer:
         """Where the stream stands: a JSON-ready part, and the numbers of the rows that it holds."""
         scalars, arrays = self._order.state_dict()
         skipped = {str(unit): reason for unit, reason in self.skipped.items()}
-        return {**scalars, "skipped": skipped}, arrays
+        return {**scalars, "skipped": skipped, "n_read": self.n_read, "n_too_large": self.n_too_large}, arrays
 
     def load_state_dict(self, scalars: dict[str, Any], arrays: dict[str, Numbers]) -> None:
         """Go back to where `state_dict` was taken; reads the rows from the cache again."""
         self._order.load_state_dict(scalars, arrays)
         self._units = read_units(self._cache, self._hook, self._seed, self._order.position, self._skip)
         self.skipped = {int(unit): reason for unit, reason in scalars["skipped"].items()}
+        self.n_read, self.n_too_large = scalars["n_read"], scalars["n_too_large"]
         waiting = self._order.waiting
         waiting = waiting[self._order.numbers[waiting] >= 0]
         self._rows[waiting] = self._cache.gather(self._hook, self._order.numbers[waiting])

@@ -1,0 +1,34 @@
+"""`fastcache export`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.options import output_options, resolve, settings_options
+from fastcache.pipeline.places import RUNS, slug
+from fastcache.stages.export.config import ExportConfig
+
+HELP = """Write a trained SAE as another library loads it.
+
+saelens: the folder that SAE.load_from_disk of SAELens 6 takes, with the same reconstructions.
+
+\b
+Examples:
+  fastcache export --sae fastcache-runs/sae-x-jumprelu --format saelens
+  fastcache export --sae DIR --format saelens --out my-sae
+"""
+
+
+@click.command(help=HELP)
+@output_options
+@settings_options(ExportConfig)
+def command(out: Path | None, fresh: bool, **given: Any) -> None:
+    """Run the export stage."""
+    config = resolve(ExportConfig, given)
+    from fastcache.stages.export.run import export
+
+    place = out or RUNS / f"{config.format}-{slug(Path(config.sae).resolve().name)}"
+    export(config, place, RichProgress(Console()), fresh)

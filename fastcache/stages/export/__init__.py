@@ -1,0 +1,1 @@
+"""export: a trained SAE -> the files of another library."""

@@ -1,0 +1,13 @@
+"""Settings of `fastcache export`."""
+
+from dataclasses import dataclass
+
+from fastcache.config import option
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Which SAE is written for which library."""
+
+    sae: str = option(help="Folder of a trained SAE.")
+    format: str = option("saelens", choices=("saelens",), help="Library that is to load it.")
