@@ -18,6 +18,7 @@ from fastcache.corpus import Corpus, CorpusRow
 from fastcache.devices import choose_device
 from fastcache.errors import InputError, ModelError
 from fastcache.llm.backend import Backend
+from fastcache.llm.backends import BackendPlan, choose_backend
 from fastcache.llm.chat import FIXED_DATE, ChatRenderer, text_tokens
 from fastcache.llm.loading import (
     ModelSource,
@@ -25,10 +26,12 @@ from fastcache.llm.loading import (
     load_config,
     load_tokenizer,
     model_identity,
+    quantisation,
     require_chat_template,
     tokenizer_identity,
 )
 from fastcache.llm.parity import check_parity, reference_residuals, spread
+from fastcache.llm.self_test import SelfTest
 from fastcache.progress import Progress
 from fastcache.rundir import require_space, versions
 from fastcache.stages.extract.compute import Worker, compute_by_crew, compute_here
@@ -69,6 +72,11 @@ class Job:
         context = getattr(self.llm_config, "max_position_embeddings", None) or self.config.max_length
         self.max_length = min(self.config.max_length, context)
         self.block_size = min(self.config.block_size, context)
+        quantised = bool(quantisation(self.llm_config))
+        wanted, n_devices = self.config.backend, self.config.tensor_parallel
+        self.backend, self.backend_reason = choose_backend(wanted, self.device, n_devices, quantised)
+        self.n_checked = 0 if quantised else self.config.parity
+        """Sequences that are compared with the plain model; of a quantised one there is none."""
         self.model_dtype = self.config.model_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
 
     @property
@@ -111,15 +119,28 @@ class Job:
     @property
     def n_workers(self) -> int:
         """Worker processes: one for each device, or as many as asked for."""
-        return self.config.workers or len(self.devices)
+        return self.config.workers or max(1, len(self.devices) // self.config.tensor_parallel)
 
     def worker(self, place: str) -> Worker:
         """What computes parts of the cache at `place`."""
         config = self.config
-        hooks, skip = tuple(self.hook_points), config.on_nonfinite == "skip"
-        return Worker(
-            place, self.identity(), self.source, hooks, self.model_dtype, self.devices, skip, config.pack_tokens
+        hooks = tuple(self.hook_points)
+        longest = self.max_length if config.method == "fast" else self.block_size
+        self_test = None
+        if self.backend == "vllm" and self.n_checked:
+            self_test = SelfTest.of(self.source, hooks, longest)
+        plan = BackendPlan(
+            self.backend,
+            self.source,
+            hooks,
+            self.model_dtype,
+            self.devices,
+            longest,
+            config.pack_tokens,
+            config.tensor_parallel,
+            self_test,
         )
+        return Worker(place, self.identity(), plan, config.on_nonfinite == "skip")
 
     def units(self) -> Iterator[Unit]:
         """The work units, from the beginning."""
@@ -142,6 +163,7 @@ class Job:
             "d_in": self.llm_config.hidden_size,
             "dtype": config.dtype,
             "model_dtype": self.model_dtype,
+            **({"backend": self.backend} if self.backend != "transformers" else {}),
             "tokens": config.tokens,
             "unit_tokens": config.unit_tokens,
         }
@@ -190,9 +212,12 @@ def extract(
         if writer.manifest.state == "complete":  # but for units that failed: they are tried again
             writer.manifest.state = "writing"
             writer.save_manifest()
+        progress.say(f"Backend: {job.backend} ({job.backend_reason}).")
+        if job.config.parity and not job.n_checked:
+            progress.say("The model is quantised: there is no plain one to compare it with, and no parity check.")
         worker = job.worker(writer.storage.url)
         backend = _begun(worker, progress) if job.n_workers == 1 else None
-        if config.parity and not writer.manifest.parity:
+        if job.n_checked and not writer.manifest.parity:
             writer.manifest.parity = _parity(job, sample, backend or _begun(worker, progress), progress)
             writer.save_manifest()
         path = out / STATUS_FILE if isinstance(out, Path) else None
@@ -210,7 +235,7 @@ def extract(
 
 def _begun(worker: Worker, progress: Progress) -> Backend:
     """The backend, after its word on how it runs the model."""
-    backend = worker.backend()
+    backend = worker.plan.open()
     if backend.note:
         progress.say(backend.note)
     return backend
@@ -218,7 +243,7 @@ def _begun(worker: Worker, progress: Progress) -> Backend:
 
 def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
     """Figures of the parity check; the reference model is let go with the end of this function."""
-    picked = spread([len(instance.token_ids) for instance in sample], job.config.parity)
+    picked = spread([len(instance.token_ids) for instance in sample], job.n_checked)
     progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model ...")
     reference = reference_residuals(job.source, job.hook_points)
     sequences = [sample[index].token_ids for index in picked]
