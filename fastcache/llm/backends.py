@@ -52,14 +52,15 @@ class BackendPlan:
 
     def open(self, number: int = 0) -> Backend:
         """The model for worker `number`; raises `ModelError`, and `MismatchError` where its self-test fails."""
-        devices = self._devices(number)
+        devices = self.devices_of(number)
         if self.name == "vllm":
             return self._open_vllm(devices)
         from fastcache.llm.transformers_backend import TransformersBackend
 
         return TransformersBackend(self.source, self.hook_points, self.dtype, devices[0], self.pack_tokens)
 
-    def _devices(self, number: int) -> list[str]:
+    def devices_of(self, number: int) -> list[str]:
+        """The devices of worker `number`."""
         first = number * self.tensor_parallel
         return [self.devices[place % len(self.devices)] for place in range(first, first + self.tensor_parallel)]
 

@@ -170,7 +170,7 @@ class VllmBackend:
 
     def close(self) -> None:
         """End the engine."""
-        self._engine.engine_core.shutdown()
+        self._engine.engine_core.shutdown(timeout=0)
         self._arena.close()
 
 
