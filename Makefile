@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-faults lint package bench clean
+.PHONY: demo test test-faults test-vllm lint package bench clean
 
 demo: $(VENV)/.runs
 	$(BIN)/fastcache demo
@@ -15,6 +15,9 @@ test: $(VENV)/.develops
 
 test-faults: $(VENV)/.develops
 	$(BIN)/python -m pytest tests/test_faults.py tests/test_attacks.py tests/test_verify.py -m "long or not long"
+
+test-vllm: $(VENV)-vllm/.develops
+	$(VENV)-vllm/bin/python -m pytest tests/with_vllm
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff check .
@@ -31,7 +34,7 @@ bench: $(VENV)/.develops
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) dist build fastcache-runs
+	rm -rf $(VENV) $(VENV)-vllm dist build fastcache-runs
 
 # torch goes first and by its exact version: anything else pulls gigabytes of CUDA on a CPU machine.
 $(VENV)/.torch: constraints.txt
@@ -47,3 +50,10 @@ $(VENV)/.runs: $(VENV)/.torch pyproject.toml
 $(VENV)/.develops: $(VENV)/.torch pyproject.toml
 	$(PIP) $(TORCH) --editable '.[dev]'
 	touch $@ $(VENV)/.runs
+
+# vLLM pins its own versions of much that we use too, so that its tests have an environment of their own.
+$(VENV)-vllm/.develops: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@

@@ -23,6 +23,7 @@ Examples:
   fastcache extract --model demo --layer 2 --layer 4
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --split eval
+  fastcache extract --model Qwen/Qwen2.5-72B-Instruct --layer 40 --backend vllm --tensor-parallel 4
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --out s3://bucket/cache
 """
 
