@@ -75,7 +75,7 @@ def write_cache(root, lengths=(19, 20), dtype="bfloat16", identity=None):
 
 
 def job_identity(folder, method):
-    """The identity that an extract run writes, without a model: of a folder for `fast`, of the hub, quantised and by vLLM else."""
+    """What an extract run writes, without a model: of a folder for `fast`, else of the hub, quantised, by vLLM."""
     from fastcache.llm.loading import ModelSource
     from fastcache.stages.extract.config import ExtractConfig
     from fastcache.stages.extract.run import Job
