@@ -29,3 +29,6 @@ class Backend(Protocol):
 
         Takes a bounded number of sequences ahead of what it gives.
         """
+
+    def close(self) -> None:
+        """Let go of the model and its memory."""

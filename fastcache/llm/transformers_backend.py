@@ -108,6 +108,10 @@ class TransformersBackend:
         if launched:
             yield from launched.residuals()
 
+    def close(self) -> None:
+        """See `Backend`."""
+        self._model = None
+
     @torch.inference_mode()
     def _run(self, pack: Sequence[TokenIds]) -> _Launched:
         segments = Segments.of([len(token_ids) for token_ids in pack], self.device)

@@ -114,12 +114,10 @@ def test_a_killed_run_leaves_no_engine_behind_and_is_gone_on_with(model, chat_co
 def test_an_engine_that_is_killed_costs_its_worker_a_new_start_and_nothing_else(model, chat_corpus, expected, tmp_path):
     process = begin(tmp_path, model, chat_corpus, 2)
     wait_for_a_part(process, tmp_path / "cache")
-    worker = next(
-        pid
-        for pid in descendants(process.pid)
-        if descendants(pid) and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
-    os.kill(descendants(worker)[-1], signal.SIGKILL)
+    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in descendants(process.pid)}
+    workers = [pid for pid in descendants(process.pid) if pid in names and "VLLM" not in names[pid]]
+    engines = [pid for worker in workers for pid in descendants(worker) if names.get(pid) == victim]
+    os.kill(engines[-1], signal.SIGKILL)
     assert process.wait() == 0
     cache = fastcache.open_cache(tmp_path / "cache")
     assert cache.manifest.failed == {}

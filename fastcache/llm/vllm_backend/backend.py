@@ -91,7 +91,7 @@ class VllmBackend:
             self._engine = _start(settings, source)
         n_rows = max(BATCHES_IN_FLIGHT * self.batch_tokens, 2 * max_length)
         self._arena = Arena(ArenaShape(len(layers), n_rows, SLOTS, config.hidden_size, DTYPES[dtype]))
-        self._n_requests = 0
+        self._n_requests, self._is_lost = 0, False
         connection = (self._arena.path, n_rows, SLOTS, os.getpid())
         self._engine.collective_rpc("fastcache_connect", args=connection)
 
@@ -154,6 +154,7 @@ class VllmBackend:
         try:
             self._engine.step()
         except EngineDeadError as error:
+            self._is_lost = True
             raise LostBackendError(
                 "vLLM's engine ended while it worked, perhaps for want of memory. Run the same command again: it goes on "
                 "from what is on disk; a lower --pack-tokens needs less memory."
@@ -161,7 +162,7 @@ class VllmBackend:
 
     def _drain(self) -> None:
         """Let what is in flight land: nothing may be written into rows that are given anew."""
-        while self._engine.has_unfinished_requests():
+        while self._engine.has_unfinished_requests() and not self._is_lost:
             self._step()
 
     def counts(self) -> dict[str, int]:
