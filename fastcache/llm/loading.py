@@ -136,10 +136,8 @@ def decoder_layers(model: torch.nn.Module, n_layers: int) -> torch.nn.ModuleList
     return found[0]
 
 
-def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """The decoder without LM head, cut to its first `n_layers` layers: the others are never loaded."""
-    from transformers import AutoModel
-
+def _base_config(source: ModelSource, n_layers: int | None) -> Any:
+    """The configuration of the decoder cut to its first `n_layers` layers."""
     config = load_config(source)
     if n_layers is not None:
         config.num_hidden_layers = n_layers
@@ -147,9 +145,27 @@ def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtyp
             if getattr(config, name, None):
                 with suppress(AttributeError):  # some models (Mamba, Jamba) work it out themselves
                     setattr(config, name, getattr(config, name)[:n_layers])
+    return config
+
+
+def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """The decoder without LM head, cut to its first `n_layers` layers: the others are never loaded."""
+    from transformers import AutoModel
+
+    config = _base_config(source, n_layers)
     with _clear_errors(source, "weights"):
         model = AutoModel.from_pretrained(source.path, config=config, dtype=dtype, **source.keywords())
     return model.to(device).eval()
+
+
+def count_parameters(source: ModelSource, n_layers: int | None) -> int:
+    """Parameters of what `load_base_model` loads; no weight is read."""
+    from transformers import AutoModel
+
+    config = _base_config(source, n_layers)
+    with _clear_errors(source, "configuration"), torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=source.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _weights_fingerprint(folder: Path) -> str:

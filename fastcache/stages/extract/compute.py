@@ -10,7 +10,7 @@ import numpy as np
 
 from fastcache.cache_format.manifest import Manifest, PartRecord
 from fastcache.cache_format.storage import open_storage
-from fastcache.cache_format.writer import CacheWriter, PartSink
+from fastcache.cache_format.writer import QUEUE_BYTES, CacheWriter, PartSink
 from fastcache.crew import Advance, Crew, Done, Failed, Report, Work
 from fastcache.errors import FormatError, MismatchError, NonFiniteError, SpaceError
 from fastcache.llm.backend import Backend, Residuals
@@ -36,6 +36,7 @@ class Worker:
     devices: tuple[str, ...]
     skip_nonfinite: bool
     pack_tokens: int | None
+    queue_bytes: int = QUEUE_BYTES
 
     def backend(self, number: int = 0) -> Backend:
         """The model on the device of worker `number`."""
@@ -48,7 +49,7 @@ def _begin(worker: Worker, number: int) -> Work:
     storage, manifest = open_storage(worker.place), Manifest(worker.identity)
 
     def work(unit: Unit, report: Report) -> PartRecord:
-        with PartSink(storage, manifest) as sink:
+        with PartSink(storage, manifest, worker.queue_bytes) as sink:
             return compute_part(unit, sink, backend, report, worker.skip_nonfinite).result()
 
     return work
