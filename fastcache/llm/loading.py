@@ -150,16 +150,30 @@ def cut_layers(config: Any, n_layers: int) -> Any:
     return config
 
 
+def _base_config(source: ModelSource, n_layers: int | None) -> Any:
+    """The configuration of the decoder, cut to its first `n_layers` layers."""
+    config = load_config(source)
+    return config if n_layers is None else cut_layers(config, n_layers)
+
+
 def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """The decoder without LM head, cut to its first `n_layers` layers: the others are never loaded."""
     from transformers import AutoModel
 
-    config = load_config(source)
-    if n_layers is not None:
-        cut_layers(config, n_layers)
+    config = _base_config(source, n_layers)
     with _clear_errors(source, "weights"):
         model = AutoModel.from_pretrained(source.path, config=config, dtype=dtype, **source.keywords())
     return model.to(device).eval()
+
+
+def count_parameters(source: ModelSource, n_layers: int | None) -> int:
+    """Parameters of what `load_base_model` loads; no weight is read."""
+    from transformers import AutoModel
+
+    config = _base_config(source, n_layers)
+    with _clear_errors(source, "configuration"), torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=source.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _weights_fingerprint(folder: Path) -> str:

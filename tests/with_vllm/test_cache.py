@@ -111,7 +111,10 @@ def test_a_killed_run_leaves_no_engine_behind_and_is_gone_on_with(model, chat_co
     assert_same(cache, expected)
 
 
-def test_an_engine_that_is_killed_costs_its_worker_a_new_start_and_nothing_else(model, chat_corpus, expected, tmp_path):
+@pytest.mark.parametrize("victim", ["VLLM::EngineCor", "VLLM::Worker"])
+def test_an_engine_that_is_killed_costs_its_worker_a_new_start_and_nothing_else(
+    victim, model, chat_corpus, expected, tmp_path
+):
     process = begin(tmp_path, model, chat_corpus, 2)
     wait_for_a_part(process, tmp_path / "cache")
     names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in descendants(process.pid)}

@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="vllm is not installed: `make test-vllm` has 
 
 from conftest import run_extract
 from transformers import AutoModelForCausalLM
+
 from with_vllm.models import make_model
 
 GROUP = 64

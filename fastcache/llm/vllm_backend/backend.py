@@ -89,7 +89,7 @@ class VllmBackend:
         }
         with _visible(devices):
             self._engine = _start(settings, source)
-        n_rows = max(BATCHES_IN_FLIGHT * self.batch_tokens, 2 * max_length)
+        n_rows = arena_rows(self.batch_tokens, max_length)
         self._arena = Arena(ArenaShape(len(layers), n_rows, SLOTS, config.hidden_size, DTYPES[dtype]))
         self._n_requests, self._is_lost = 0, False
         connection = (self._arena.path, n_rows, SLOTS, os.getpid())
@@ -173,6 +173,11 @@ class VllmBackend:
         """End the engine."""
         self._engine.engine_core.shutdown(timeout=0)
         self._arena.close()
+
+
+def arena_rows(batch_tokens: int, max_length: int) -> int:
+    """Rows of residuals that are held for sequences in flight."""
+    return max(BATCHES_IN_FLIGHT * batch_tokens, 2 * max_length)
 
 
 @contextmanager

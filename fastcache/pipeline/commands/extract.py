@@ -30,8 +30,9 @@ Examples:
 
 @click.command(help=HELP)
 @partial(output_options, remote=True)
+@click.option("--force", is_flag=True, help="Begin even if disk or memory seem not to be enough.")
 @settings_options(ExtractConfig)
-def command(out: Path | str | None, fresh: bool, **given: Any) -> None:
+def command(out: Path | str | None, fresh: bool, force: bool, **given: Any) -> None:
     """Run the extract stage."""
     config = resolve(ExtractConfig, given)
     console = Console()
@@ -41,7 +42,7 @@ def command(out: Path | str | None, fresh: bool, **given: Any) -> None:
     from fastcache.pipeline.show import show_cache
     from fastcache.stages.extract.run import extract
 
-    cache = extract(config, lambda: find_corpus(config, progress), place, progress, fresh)
+    cache = extract(config, lambda: find_corpus(config, progress), place, progress, fresh, force)
     show_cache(console, cache)
     if config.split == "train":
         layer = f" --layer {config.layer[0]}" if len(cache.hook_points) > 1 else ""

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastcache.cache_format.manifest import Manifest, PartRecord
 from fastcache.cache_format.storage import open_storage
-from fastcache.cache_format.writer import CacheWriter, PartSink
+from fastcache.cache_format.writer import QUEUE_BYTES, CacheWriter, PartSink
 from fastcache.crew import Advance, Crew, Done, Failed, Report, Work
 from fastcache.errors import FormatError, MismatchError, NonFiniteError, SpaceError
 from fastcache.llm.backend import Backend, LostBackendError, Residuals
@@ -32,6 +32,7 @@ class Worker:
     identity: dict[str, Any]
     plan: BackendPlan
     skip_nonfinite: bool
+    queue_bytes: int = QUEUE_BYTES
 
 
 def _begin(worker: Worker, number: int) -> Work:
@@ -39,7 +40,7 @@ def _begin(worker: Worker, number: int) -> Work:
     storage, manifest = open_storage(worker.place), Manifest(worker.identity)
 
     def work(unit: Unit, report: Report) -> PartRecord:
-        with PartSink(storage, manifest) as sink:
+        with PartSink(storage, manifest, worker.queue_bytes) as sink:
             try:
                 return compute_part(unit, sink, backend, report, worker.skip_nonfinite).result()
             except LostBackendError as error:  # another process takes the unit, with a new backend
