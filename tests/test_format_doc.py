@@ -75,18 +75,20 @@ def write_cache(root, lengths=(19, 20), dtype="bfloat16", identity=None):
 
 
 def job_identity(folder, method):
-    """The identity that an extract run writes, without a model: of a folder for `fast`, of the hub else."""
+    """What an extract run writes, without a model: of a folder for `fast`, else of the hub, quantised, by vLLM."""
     from fastcache.llm.loading import ModelSource
     from fastcache.stages.extract.config import ExtractConfig
     from fastcache.stages.extract.run import Job
 
+    quantised = {} if method == "fast" else {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     return Job.identity(
         SimpleNamespace(
             config=ExtractConfig("model", (1,), method=method), max_length=8, block_size=8, separator=2,
             source=ModelSource(str(folder) if method == "fast" else "hub-name", revision="main"),
-            llm_config=SimpleNamespace(to_diff_dict=dict, hidden_size=D_IN),
+            llm_config=SimpleNamespace(to_diff_dict=dict, hidden_size=D_IN, **quantised),
             tokenizer=SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=str), chat_template=""),
             corpus=SimpleNamespace(fingerprint="0"), hook_points=[HOOK], model_dtype="float32",
+            backend="transformers" if method == "fast" else "vllm",
         )
     )  # fmt: skip
 
@@ -118,6 +120,7 @@ def leaves(value, path=""):
         (r"^(statistics\.<hook>)\.\w+", r"\1.<group>"),
         (r"^(.*\.norm_quantiles)\..*", r"\1.<q>"),
         (r"^versions\..*", "versions.<package>"),
+        (r"^(identity\.model\.quantisation)\..*", r"\1.<setting>"),
         (r"^files\..*", "files.<file>"),
         (r"^failed\..*", "failed.<unit>"),
         (r"^ledger\.skipped\..*", "ledger.skipped.<reason>"),

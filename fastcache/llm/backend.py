@@ -6,9 +6,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fastcache.errors import ModelError
+
 TokenIds = npt.NDArray[np.int32]
 Residuals = dict[str, npt.NDArray[np.float32]]
 """The residual stream `[n, d_in]` of one sequence, by hook point."""
+
+
+class LostBackendError(ModelError):
+    """A backend that can't go on, with this sequence or any other: its process has to begin anew."""
 
 
 class Backend(Protocol):
@@ -23,3 +29,6 @@ class Backend(Protocol):
 
         Takes a bounded number of sequences ahead of what it gives.
         """
+
+    def close(self) -> None:
+        """Let go of the model and its memory."""

@@ -115,7 +115,10 @@ def load_config(source: ModelSource) -> Any:
             f"Model {source.name!r} is an encoder-decoder ({config.model_type}); fastcache caches decoder-only models, "
             "whose layers see one sequence. Choose one of those."
         )
-    return config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    if quantised := getattr(config, "quantization_config", None):  # stands on the outside of a model with several parts
+        text.quantization_config = quantised
+    return text
 
 
 def check_layers(config: Any, hook_points: list[str], source: ModelSource) -> None:
@@ -136,20 +139,41 @@ def decoder_layers(model: torch.nn.Module, n_layers: int) -> torch.nn.ModuleList
     return found[0]
 
 
+def cut_layers(config: Any, n_layers: int) -> Any:
+    """Have a configuration describe the model's first `n_layers` layers only; returns it."""
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = n_layers
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None):
+            with suppress(AttributeError):  # some models (Mamba, Jamba) work it out themselves
+                setattr(text, name, getattr(text, name)[:n_layers])
+    return config
+
+
+def _base_config(source: ModelSource, n_layers: int | None) -> Any:
+    """The configuration of the decoder, cut to its first `n_layers` layers."""
+    config = load_config(source)
+    return config if n_layers is None else cut_layers(config, n_layers)
+
+
 def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """The decoder without LM head, cut to its first `n_layers` layers: the others are never loaded."""
     from transformers import AutoModel
 
-    config = load_config(source)
-    if n_layers is not None:
-        config.num_hidden_layers = n_layers
-        for name in ("layer_types", "mlp_layer_types"):
-            if getattr(config, name, None):
-                with suppress(AttributeError):  # some models (Mamba, Jamba) work it out themselves
-                    setattr(config, name, getattr(config, name)[:n_layers])
+    config = _base_config(source, n_layers)
     with _clear_errors(source, "weights"):
         model = AutoModel.from_pretrained(source.path, config=config, dtype=dtype, **source.keywords())
     return model.to(device).eval()
+
+
+def count_parameters(source: ModelSource, n_layers: int | None) -> int:
+    """Parameters of what `load_base_model` loads; no weight is read."""
+    from transformers import AutoModel
+
+    config = _base_config(source, n_layers)
+    with _clear_errors(source, "configuration"), torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=source.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _weights_fingerprint(folder: Path) -> str:
@@ -166,10 +190,20 @@ def _weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def quantisation(config: Any) -> dict[str, Any]:
+    """How the weights of a quantised model were made; empty for other models."""
+    settings = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    names = ("quant_method", "bits", "w_bit", "group_size", "q_group_size", "fmt", "format", "activation_scheme")
+    return {name: settings[name] for name in names if name in settings}
+
+
 def model_identity(source: ModelSource, config: Any) -> dict[str, Any]:
     """What tells this model from another: name, revision or weights, and the configuration's hash."""
     settings = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
-    identity = {"name": source.name, "config_sha256": fingerprint(settings)}
+    identity: dict[str, Any] = {"name": source.name, "config_sha256": fingerprint(settings)}
+    if quantised := quantisation(config):
+        identity["quantisation"] = quantised
     if source.is_local:
         return {**identity, "weights_sha256": _weights_fingerprint(Path(source.path))}
     return {**identity, "revision": getattr(config, "_commit_hash", None) or source.revision}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastcache.cache_format.schema import layer_of
@@ -50,6 +51,11 @@ def reference_residuals(source: ModelSource, hook_points: Sequence[str]) -> Call
     return residuals
 
 
+def relative_difference(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """The L2 norm of the difference by that of `expected`."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
 def check_parity(
     backend: Backend,
     reference: Callable[[TokenIds], Residuals],
@@ -65,7 +71,7 @@ def check_parity(
         expected = reference(token_ids)
         for hook in expected:
             absolute = float(np.abs(found[hook] - expected[hook]).max())
-            relative = float(np.linalg.norm(found[hook] - expected[hook]) / np.linalg.norm(expected[hook]))
+            relative = relative_difference(found[hook], expected[hook])
             entry = figures.setdefault(hook, {"max_abs_difference": 0.0, "max_relative_l2": 0.0})
             entry["max_abs_difference"] = max(entry["max_abs_difference"], absolute)
             entry["max_relative_l2"] = max(entry["max_relative_l2"], relative)

@@ -14,14 +14,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import Residuals, TokenIds
 from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_base_model, load_config, quiet
 from fastcache.llm.packed_attention import NAME, Segments, UnknownAttentionError, register
-from fastcache.llm.parity import RELATIVE_LIMITS
+from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
 
 # MKL picks its float32 kernels by the number of rows and of threads, and they round differently: a sequence would
 # depend on its neighbours in the last bit. Strict mode ends that at no cost seen. MKL asks once, at its first product.
@@ -109,6 +108,10 @@ class TransformersBackend:
         if launched:
             yield from launched.residuals()
 
+    def close(self) -> None:
+        """See `Backend`."""
+        self._model = None
+
     @torch.inference_mode()
     def _run(self, pack: Sequence[TokenIds]) -> _Launched:
         segments = Segments.of([len(token_ids) for token_ids in pack], self.device)
@@ -154,13 +157,9 @@ class TransformersBackend:
             for hook in self.hook_points:
                 if exact and not np.array_equal(one[hook], other[hook], equal_nan=True):
                     return "the model gives other bits for a sequence that has neighbours"
-                if not exact and not _relative(one[hook], other[hook]) <= RELATIVE_LIMITS[self._dtype]:
+                if not exact and not relative_difference(one[hook], other[hook]) <= RELATIVE_LIMITS[self._dtype]:
                     return "the model gives other values for a sequence that has neighbours"
         return ""
-
-
-def _relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def packs(sequences: Iterable[TokenIds], pack_tokens: int) -> Iterator[list[TokenIds]]:

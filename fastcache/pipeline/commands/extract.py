@@ -23,14 +23,16 @@ Examples:
   fastcache extract --model demo --layer 2 --layer 4
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --split eval
+  fastcache extract --model Qwen/Qwen2.5-72B-Instruct --layer 40 --backend vllm --tensor-parallel 4
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --out s3://bucket/cache
 """
 
 
 @click.command(help=HELP)
 @partial(output_options, remote=True)
+@click.option("--force", is_flag=True, help="Begin even if disk or memory seem not to be enough.")
 @settings_options(ExtractConfig)
-def command(out: Path | str | None, fresh: bool, **given: Any) -> None:
+def command(out: Path | str | None, fresh: bool, force: bool, **given: Any) -> None:
     """Run the extract stage."""
     config = resolve(ExtractConfig, given)
     console = Console()
@@ -40,7 +42,7 @@ def command(out: Path | str | None, fresh: bool, **given: Any) -> None:
     from fastcache.pipeline.show import show_cache
     from fastcache.stages.extract.run import extract
 
-    cache = extract(config, lambda: find_corpus(config, progress), place, progress, fresh)
+    cache = extract(config, lambda: find_corpus(config, progress), place, progress, fresh, force)
     show_cache(console, cache)
     if config.split == "train":
         layer = f" --layer {config.layer[0]}" if len(cache.hook_points) > 1 else ""

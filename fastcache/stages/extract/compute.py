@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,12 +11,11 @@ import numpy as np
 
 from fastcache.cache_format.manifest import Manifest, PartRecord
 from fastcache.cache_format.storage import open_storage
-from fastcache.cache_format.writer import CacheWriter, PartSink
+from fastcache.cache_format.writer import QUEUE_BYTES, CacheWriter, PartSink
 from fastcache.crew import Advance, Crew, Done, Failed, Report, Work
 from fastcache.errors import FormatError, MismatchError, NonFiniteError, SpaceError
-from fastcache.llm.backend import Backend, Residuals
-from fastcache.llm.loading import ModelSource
-from fastcache.llm.transformers_backend import TransformersBackend
+from fastcache.llm.backend import Backend, LostBackendError, Residuals
+from fastcache.llm.backends import BackendPlan
 from fastcache.stages.extract.ledger import NON_FINITE, part_ledger
 from fastcache.stages.extract.sequences import Entry, Unit
 from fastcache.stages.extract.status import Status
@@ -30,26 +30,21 @@ class Worker:
 
     place: str
     identity: dict[str, Any]
-    source: ModelSource
-    hook_points: tuple[str, ...]
-    model_dtype: str
-    devices: tuple[str, ...]
+    plan: BackendPlan
     skip_nonfinite: bool
-    pack_tokens: int | None
-
-    def backend(self, number: int = 0) -> Backend:
-        """The model on the device of worker `number`."""
-        device = self.devices[number % len(self.devices)]
-        return TransformersBackend(self.source, self.hook_points, self.model_dtype, device, self.pack_tokens)
+    queue_bytes: int = QUEUE_BYTES
 
 
 def _begin(worker: Worker, number: int) -> Work:
-    backend = worker.backend(number)
+    backend = worker.plan.open(number)
     storage, manifest = open_storage(worker.place), Manifest(worker.identity)
 
     def work(unit: Unit, report: Report) -> PartRecord:
-        with PartSink(storage, manifest) as sink:
-            return compute_part(unit, sink, backend, report, worker.skip_nonfinite).result()
+        with PartSink(storage, manifest, worker.queue_bytes) as sink:
+            try:
+                return compute_part(unit, sink, backend, report, worker.skip_nonfinite).result()
+            except LostBackendError as error:  # another process takes the unit, with a new backend
+                raise SystemExit(str(error)) from error
 
     return work
 
@@ -127,15 +122,16 @@ def compute_by_crew(
     crew = Crew(partial(_begin, worker), n_workers, STOPPING)
     status.workers = crew.states
     failed: dict[int, str] = {}
-    for message in crew.run((unit.index, unit) for unit in _missing(units, writer, status)):
-        if isinstance(message, Advance):
-            status.advance(message.amount, message.key)
-        elif isinstance(message, Done):
-            writer.log_part(message.result)
-            status.unit_done()
-        elif isinstance(message, Failed):
-            failed[message.key] = message.reason
-            status.unit_failed(message.key, message.reason)
+    with closing(crew.run((unit.index, unit) for unit in _missing(units, writer, status))) as messages:
+        for message in messages:
+            if isinstance(message, Advance):
+                status.advance(message.amount, message.key)
+            elif isinstance(message, Done):
+                writer.log_part(message.result)
+                status.unit_done()
+            elif isinstance(message, Failed):
+                failed[message.key] = message.reason
+                status.unit_failed(message.key, message.reason)
     return failed
 
 

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from fastcache.config import option
 
-FREE_ON_RESUME = ("corpus", "device", "devices", "workers", "on_nonfinite", "parity")
-"""Settings that may differ on resume: the corpus goes by its fingerprint, so that it may be moved."""
+FREE_ON_RESUME = (
+    *("corpus", "device", "devices", "workers", "on_nonfinite", "parity", "pack_tokens", "backend", "tensor_parallel"),
+)
+"""Settings that may differ on resume: corpus and backend are in the cache's identity by what they come to."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class ExtractConfig:
         choices=("float32", "bfloat16", "float16"),
         help="Dtype the model runs in. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
+    backend: str = option(
+        "auto",
+        choices=("auto", "transformers", "vllm"),
+        help="What runs the model: vllm (extra `vllm`) or transformers; auto says which and why.",
+    )
+    tensor_parallel: int = option(1, help="With vllm: devices that share one copy of the model.", at_least=1)
     device: str | None = option(None, help="Device of the model. Default: cuda where there is one, else cpu.")
     workers: int | None = option(
         None, help="Worker processes, each with a model. Default: one for each of --devices.", at_least=1

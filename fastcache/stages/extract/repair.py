@@ -126,7 +126,9 @@ def _job(config: ExtractConfig, manifest: Manifest, corpus: str | None, device: 
         raise InputError(f"The corpus of the cache is not at {place}. Say where it is with --corpus.")
     # A model that ran in bfloat16 because there was a GPU must do so again.
     model_dtype = manifest.identity.get("model_dtype", config.model_dtype)
-    job = make_job(replace(config, model_dtype=model_dtype, device=device or config.device), lambda: place)
+    backend = manifest.identity.get("backend", "transformers")
+    config = replace(config, model_dtype=model_dtype, backend=backend, device=device or config.device)
+    job = make_job(config, lambda: place)
     if found := differences(manifest.identity, job.identity()):
         raise MismatchError(
             f"Model or corpus are not those that the cache was made from ({'; '.join(found)}); nothing was computed. "
@@ -140,7 +142,7 @@ def _recompute(writer: CacheWriter, job: Job, todo: set[int], progress: Progress
     if not todo:
         return False
     progress.say(f"Computing {len(todo)} of {len(writer.committed) + len(todo)} parts again ...")
-    backend = job.worker(writer.storage.url).backend()
+    backend = job.worker(writer.storage.url).plan.open()
     made = set()
     tokens = sum(record.n_tokens for record in writer.logged.values() if record.index in todo)
     with progress.task("repair", tokens, "tokens") as task:

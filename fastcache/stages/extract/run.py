@@ -1,6 +1,8 @@
 """The extract stage: units of the corpus go through the model, each becomes a committed part of the cache."""
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,13 +13,14 @@ import numpy as np
 from fastcache.cache_format.manifest import Manifest
 from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.reader import Cache
-from fastcache.cache_format.schema import STORED_DTYPES, TokenType, hook_point
+from fastcache.cache_format.schema import TokenType, hook_point
 from fastcache.cache_format.writer import CacheWriter
 from fastcache.config import as_dict
 from fastcache.corpus import Corpus, CorpusRow
 from fastcache.devices import choose_device
 from fastcache.errors import InputError, ModelError
 from fastcache.llm.backend import Backend
+from fastcache.llm.backends import BackendPlan, choose_backend
 from fastcache.llm.chat import FIXED_DATE, ChatRenderer, text_tokens
 from fastcache.llm.loading import (
     ModelSource,
@@ -25,16 +28,20 @@ from fastcache.llm.loading import (
     load_config,
     load_tokenizer,
     model_identity,
+    quantisation,
     require_chat_template,
     tokenizer_identity,
 )
 from fastcache.llm.parity import check_parity, reference_residuals, spread
+from fastcache.llm.self_test import SelfTest
 from fastcache.progress import Progress
-from fastcache.rundir import require_space, versions
+from fastcache.rundir import versions
 from fastcache.stages.extract.compute import Worker, compute_by_crew, compute_here
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.ledger import total_ledger
+from fastcache.stages.extract.memory import queue_bytes
 from fastcache.stages.extract.output import cache_output
+from fastcache.stages.extract.plan import announce, announce_time, make_plan
 from fastcache.stages.extract.sequences import Item, Tokenize, Unit, block_items, cut_units, fast_items
 from fastcache.stages.extract.status import STATUS_FILE, Status
 
@@ -69,6 +76,11 @@ class Job:
         context = getattr(self.llm_config, "max_position_embeddings", None) or self.config.max_length
         self.max_length = min(self.config.max_length, context)
         self.block_size = min(self.config.block_size, context)
+        quantised = bool(quantisation(self.llm_config))
+        wanted, n_devices = self.config.backend, self.config.tensor_parallel
+        self.backend, self.backend_reason = choose_backend(wanted, self.device, n_devices, quantised)
+        self.n_checked = 0 if quantised else self.config.parity
+        """Sequences that are compared with the plain model; of a quantised one there is none."""
         self.model_dtype = self.config.model_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
 
     @property
@@ -111,15 +123,28 @@ class Job:
     @property
     def n_workers(self) -> int:
         """Worker processes: one for each device, or as many as asked for."""
-        return self.config.workers or len(self.devices)
+        return self.config.workers or max(1, len(self.devices) // self.config.tensor_parallel)
 
     def worker(self, place: str) -> Worker:
         """What computes parts of the cache at `place`."""
         config = self.config
-        hooks, skip = tuple(self.hook_points), config.on_nonfinite == "skip"
-        return Worker(
-            place, self.identity(), self.source, hooks, self.model_dtype, self.devices, skip, config.pack_tokens
+        hooks = tuple(self.hook_points)
+        longest = self.max_length if config.method == "fast" else self.block_size
+        self_test = None
+        if self.backend == "vllm" and self.n_checked:
+            self_test = SelfTest.of(self.source, hooks, longest)
+        plan = BackendPlan(
+            self.backend,
+            self.source,
+            hooks,
+            self.model_dtype,
+            self.devices,
+            longest,
+            config.pack_tokens,
+            config.tensor_parallel,
+            self_test,
         )
+        return Worker(place, self.identity(), plan, config.on_nonfinite == "skip")
 
     def units(self) -> Iterator[Unit]:
         """The work units, from the beginning."""
@@ -142,6 +167,7 @@ class Job:
             "d_in": self.llm_config.hidden_size,
             "dtype": config.dtype,
             "model_dtype": self.model_dtype,
+            **({"backend": self.backend} if self.backend != "transformers" else {}),
             "tokens": config.tokens,
             "unit_tokens": config.unit_tokens,
         }
@@ -159,15 +185,22 @@ def make_job(config: ExtractConfig, find_corpus: Callable[[], Path]) -> Job:
 
 
 def extract(
-    config: ExtractConfig, find_corpus: Callable[[], Path], out: Path | str, progress: Progress, fresh: bool = False
+    config: ExtractConfig,
+    find_corpus: Callable[[], Path],
+    out: Path | str,
+    progress: Progress,
+    fresh: bool = False,
+    force: bool = False,
 ) -> Cache:
     """Fill the cache at `out`, a folder or an address such as `s3://bucket/folder`, or go on filling it; returns it opened.
 
     `find_corpus` names the corpus directory; it is asked once the model is known to serve, for it may be long at it.
-    Everything that can be wrong with the input is found before `out` is touched. Raises `ModelError`, `InputError`,
+    Everything that can be wrong with the input is found before `out` is touched, and what disk or memory can't hold is
+    refused, but for `force`. Raises `ModelError`, `InputError`,
     `MismatchError`, `SpaceError`, `NonFiniteError`.
     """
     job = make_job(config, find_corpus)
+    begun = time.monotonic()
     items = list(islice(job.items(), SAMPLE))
     sample = [item.instance for item in items if item.instance]
     if not sample:
@@ -175,14 +208,13 @@ def extract(
             f"None of the first {SAMPLE} rows of {job.corpus.path} could be rendered; see `fastcache inspect`."
         )
     n_rows = max(1, sum(len(item.entries) for item in items))  # a long document may not have ended yet
-    tokens_per_row = sum(len(instance.token_ids) for instance in sample) / n_rows
-    expected_tokens = min(config.tokens, round(tokens_per_row * job.corpus.n_rows(config.split)))
-    row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
-    if isinstance(out, Path) and not (out / "manifest.json").exists():
-        require_space(out, expected_tokens * row_bytes, f"This cache of about {expected_tokens:,} tokens")
+    plan = make_plan(job, out, sample, n_rows, time.monotonic() - begun, fresh)
+    if plan.new_tokens:
+        announce(plan, job, out, progress, force)
+    queue = queue_bytes(job, sample)
     with (
         cache_output(out, as_dict(job.config), fresh) as storage,
-        CacheWriter(storage, Manifest(job.identity(), versions=versions())) as writer,
+        CacheWriter(storage, Manifest(job.identity(), versions=versions()), queue_bytes=queue) as writer,
     ):
         if writer.manifest.state == "complete" and not writer.manifest.failed:
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
@@ -190,35 +222,66 @@ def extract(
         if writer.manifest.state == "complete":  # but for units that failed: they are tried again
             writer.manifest.state = "writing"
             writer.save_manifest()
-        worker = job.worker(writer.storage.url)
-        backend = _begun(worker, progress) if job.n_workers == 1 else None
-        if config.parity and not writer.manifest.parity:
-            writer.manifest.parity = _parity(job, sample, backend or _begun(worker, progress), progress)
-            writer.save_manifest()
+        progress.say(f"Backend: {job.backend} ({job.backend_reason}).")
+        if config.parity and not job.n_checked:
+            progress.say("The model is quantised: there is no plain one to compare it with, and no parity check.")
+        worker = replace(job.worker(writer.storage.url), queue_bytes=queue)
         path = out / STATUS_FILE if isinstance(out, Path) else None
-        with progress.task(f"extract {config.method}", expected_tokens, "tokens") as task:
-            status = Status(task, progress, expected_tokens, row_bytes, path)
-            failed: dict[int, str] = {}
-            if backend is not None:
-                compute_here(job.units(), writer, backend, worker.skip_nonfinite, status)
-            else:
-                failed = compute_by_crew(job.units(), writer, worker, job.n_workers, status)
-            status.state = "computed"
-            status.write()
+        with closing(_Model(worker, progress)) as model:
+            if job.n_checked and not writer.manifest.parity:
+                writer.manifest.parity = _parity(job, sample, model.backend(), progress)
+                writer.save_manifest()
+            if model.is_open or job.n_workers == 1:
+                announce_time(plan, job, model.backend(), sample, progress)
+            if job.n_workers > 1:
+                model.close()  # the workers have models of their own
+            with progress.task(f"extract {config.method}", plan.expected_tokens, "tokens") as task:
+                status = Status(task, progress, plan.expected_tokens, plan.row_bytes, path)
+                failed = _compute(job, writer, worker, model, status)
+                status.state = "computed"
+                status.write()
         return finish(writer, job, failed)
 
 
-def _begun(worker: Worker, progress: Progress) -> Backend:
-    """The backend, after its word on how it runs the model."""
-    backend = worker.backend()
-    if backend.note:
-        progress.say(backend.note)
-    return backend
+@dataclass
+class _Model:
+    """The backend of this process: opened when it is asked for."""
+
+    worker: Worker
+    progress: Progress
+    _backend: Backend | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was asked for."""
+        return self._backend is not None
+
+    def backend(self) -> Backend:
+        """The backend, after its word on how it runs the model."""
+        if self._backend is None:
+            self._backend = self.worker.plan.open()
+            if self._backend.note:
+                self.progress.say(self._backend.note)
+        return self._backend
+
+    def close(self) -> None:
+        """Let go of the model, if there is one."""
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = None
+
+
+def _compute(job: Job, writer: CacheWriter, worker: Worker, model: _Model, status: Status) -> dict[int, str]:
+    """Make the parts that are missing, here or by workers; returns those given up, with the reason."""
+    if job.n_workers > 1:
+        return compute_by_crew(job.units(), writer, worker, job.n_workers, status)
+    compute_here(job.units(), writer, model.backend(), worker.skip_nonfinite, status)
+    return {}
 
 
 def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
     """Figures of the parity check; the reference model is let go with the end of this function."""
-    picked = spread([len(instance.token_ids) for instance in sample], job.config.parity)
+    picked = spread([len(instance.token_ids) for instance in sample], job.n_checked)
     progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model ...")
     reference = reference_residuals(job.source, job.hook_points)
     sequences = [sample[index].token_ids for index in picked]
@@ -261,7 +324,8 @@ def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) 
 
 
 def _tokens_by_type(cache: Cache) -> dict[str, int]:
-    types = (part.tokens["token_types"] for part in cache.parts)
+    # Not `part.tokens`, which every part would keep.
+    types = (part.small("token_types", (part.record.n_tokens,), "uint8") for part in cache.parts)
     counts = sum((np.bincount(values, minlength=256) for values in types), np.zeros(256, np.int64))
     return {
         flag.name or str(int(flag)): int(sum(count for value, count in enumerate(counts) if value & flag))

@@ -1,0 +1,171 @@
+"""What an extraction will take, said before it begins: tokens, disk, memory, and as soon as it is measured, time.
+
+What can't fit is refused before anything is written.
+"""
+
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastcache.cache_format.manifest import Log, load_manifest
+from fastcache.cache_format.part_writer import Instance
+from fastcache.cache_format.schema import STORED_DTYPES
+from fastcache.cache_format.storage import open_storage
+from fastcache.errors import FastcacheError, SpaceError
+from fastcache.llm.backend import Backend, TokenIds
+from fastcache.progress import Progress
+from fastcache.stages.extract.memory import Needs, estimate_memory, free_memory, pack_tokens, process_bytes
+
+if TYPE_CHECKING:
+    from fastcache.stages.extract.run import Job
+
+TOKEN_BYTES = 3
+"""Bytes on disk of a token's id, type and share of offsets and checksums, compressed."""
+WARM_UP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made, and what it takes."""
+
+    expected_tokens: int
+    """Of the whole cache."""
+    new_tokens: int
+    """Those that aren't there yet; 0 for a cache that is complete."""
+    row_bytes: int
+    """Bytes of a token's rows, at all hook points."""
+    disk_bytes: int
+    needs: Needs
+    rendered_per_second: float
+    """Tokens, before the model sees them."""
+
+
+def make_plan(job: "Job", out: Path | str, sample: list[Instance], n_rows: int, seconds: float, fresh: bool) -> Plan:
+    """The plan, by a `sample` of sequences that `n_rows` rows of the corpus gave in `seconds`."""
+    n_sampled = sum(len(instance.token_ids) for instance in sample)
+    expected = min(job.config.tokens, round(n_sampled / n_rows * job.corpus.n_rows(job.config.split)))
+    row_bytes = np.dtype(STORED_DTYPES[job.config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
+    kept = _committed_tokens(out, expected)
+    left = max(0, expected - kept)  # with --fresh, what is there makes room
+    new = expected if fresh else left
+    disk_bytes, rate = left * (row_bytes + TOKEN_BYTES), n_sampled / max(seconds, 1e-3)
+    return Plan(expected, new, row_bytes, disk_bytes, estimate_memory(job, sample), rate)
+
+
+def _committed_tokens(out: Path | str, expected: int) -> int:
+    """Tokens that are there, `expected` if all are; what is wrong with a cache is told by those who write to it."""
+    with suppress(FastcacheError, FileNotFoundError):
+        storage = open_storage(out)
+        manifest = load_manifest(storage)
+        if manifest.state == "complete" and not manifest.failed:
+            return expected
+        return sum(record.n_tokens for record in Log(storage).records)
+    return 0
+
+
+def _room(folder: Path) -> int:
+    """Free bytes of the disk that `folder` is on, or will be on."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _free_on(device: str) -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def announce(plan: Plan, job: "Job", out: Path | str, progress: Progress, force: bool) -> None:
+    """Say what the run will take; raises `SpaceError` for what doesn't fit, unless `force` is given."""
+    needs = plan.needs
+    room, free = _room(out) if isinstance(out, Path) else None, free_memory()
+    figures = [
+        f"{plan.new_tokens:,} tokens" + ("" if plan.new_tokens == plan.expected_tokens else " to go"),
+        f"{gigabytes(plan.disk_bytes)} on disk" + _of(room),
+        f"{gigabytes(needs.total)} of memory" + _of(free and free + process_bytes()),
+    ]
+    if job.n_workers > 1:
+        figures.append(f"{gigabytes(needs.worker)} of it for each of {job.n_workers} workers")
+    figures += [f"{gigabytes(needed)} of {device}" + _of(_free_on(device)) for device, needed in needs.devices.items()]
+    progress.say(f"Plan (estimates): {', '.join(figures)}.")
+    lacking = _lacking(plan, out, room, free)
+    if lacking and not force:
+        raise SpaceError(f"{' '.join(lacking)} Nothing was written. --force begins all the same.")
+    for problem in lacking:
+        progress.say(f"{problem} Going on, as --force says.")
+
+
+def _of(free: int | None) -> str:
+    return "" if free is None else f" ({gigabytes(free)} free)"
+
+
+def _lacking(plan: Plan, out: Path | str, room: int | None, free: int | None) -> list[str]:
+    """What doesn't fit, and what to do about it."""
+    needs, problems = plan.needs, []
+    if room is not None and room < plan.disk_bytes * 1.01:
+        problems.append(
+            f"This cache of about {plan.expected_tokens:,} tokens needs about {gigabytes(plan.disk_bytes)}, but the disk "
+            f"of {out} has {gigabytes(room)} free. Free some space, choose an --out on another disk, or lower --tokens."
+        )
+    more = needs.total - process_bytes()
+    if free is not None and more > free:
+        problems.append(
+            f"The run needs about {gigabytes(more)} more memory, but {gigabytes(free)} are free. Use fewer --workers, "
+            "--model-dtype bfloat16, smaller --pack-tokens, or --parity 0, which leaves out the whole float32 model."
+        )
+    for device, needed in needs.devices.items():
+        if needed > (there := _free_on(device)):
+            problems.append(
+                f"The model needs about {gigabytes(needed)} of {device}, which has {gigabytes(there)} free. "
+                "Use another device, fewer --workers, --model-dtype bfloat16, or smaller --pack-tokens."
+            )
+    return problems
+
+
+def announce_time(plan: Plan, job: "Job", backend: Backend, sample: list[Instance], progress: Progress) -> None:
+    """Say how long the run will take, by the time of the first sequences."""
+    tokens, seconds = _warm_up(backend, sample, pack_tokens(job, sample))
+    # Workers on a CPU share its cores; those on GPUs of their own don't.
+    rate = tokens / seconds * max(1, len({device for device in job.devices if device.startswith("cuda")}))
+    both = 1 / (1 / rate + 1 / plan.rendered_per_second)
+    progress.say(
+        f"About {duration(plan.new_tokens / both)} at {both:,.0f} tokens/s, measured on {tokens:,} tokens (an estimate)."
+    )
+
+
+def _warm_up(backend: Backend, sample: list[Instance], limit: int) -> tuple[int, float]:
+    """Tokens of one pack and the seconds it takes; where it is quick, the second time counts."""
+    sequences: list[TokenIds] = []
+    total = 0
+    for instance in sample:
+        if sequences and total + len(instance.token_ids) > limit:
+            break
+        sequences.append(instance.token_ids)
+        total += len(instance.token_ids)
+    for _ in range(2):
+        begun = time.perf_counter()
+        for _residuals in backend.residuals(sequences):
+            pass
+        seconds = time.perf_counter() - begun
+        if seconds > WARM_UP_SECONDS:
+            break
+    return total, max(seconds, 1e-6)
+
+
+def gigabytes(n_bytes: float) -> str:
+    """1.2 GB, 34 MB."""
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    """2 h 05 min, 3 min 20 s, 8 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
