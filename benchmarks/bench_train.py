@@ -141,8 +141,8 @@ def from_disk(arguments: argparse.Namespace, route) -> None:
     from cache_files import HOOK, write_cache
 
     from fastcache.cache_format.reader import open_cache
-    from fastcache.stages.train.run import to_tensor
     from fastcache.stages.train.stream import MixingBuffer
+    from fastcache.stages.train.task import to_tensor
 
     problem = Problem("jumprelu", 896, 7168, 4096, 70, data(896, 4096))
     step, n_steps = ours(problem, "sparse", route), 8

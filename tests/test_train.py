@@ -13,8 +13,9 @@ from fastcache.errors import InputError, IntegrityError
 from fastcache.progress import Silent
 from fastcache.sae.storage import load_sae
 from fastcache.stages.train.config import TrainConfig
-from fastcache.stages.train.run import to_tensor, train
+from fastcache.stages.train.run import train
 from fastcache.stages.train.stream import MixingBuffer
+from fastcache.stages.train.task import to_tensor
 
 HOOK = "resid_post.1"
 

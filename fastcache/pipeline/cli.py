@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "Make a deduplicated, shuffled, split corpus out of data sets.",
     "extract": "Run the model once over a corpus; cache its residual activations.",
     "train": "Train a sparse autoencoder from a cache.",
+    "sweep": "Train many in one pass over a cache.",
     "evaluate": "Measure SAEs on a held-out cache, by kind of token.",
     "export": "Write an SAE as SAELens loads it.",
     "report": "One HTML page with the tables and plots of evaluated runs.",

@@ -87,7 +87,8 @@ def output_options(function: Callable[..., Any], remote: bool = False) -> Callab
     return click.option("--out", type=kind, metavar="DIR", help=out_help)(function)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; raises `InputError` for anything else."""
     import yaml
 
     try:
@@ -105,7 +106,7 @@ def resolve(cls: type[T], given: dict[str, Any]) -> T:
 
     values: dict[str, Any] = {}
     if config_file := given.pop("config_file"):
-        values |= {str(key).replace("-", "_"): value for key, value in _read_config(config_file).items()}
+        values |= {str(key).replace("-", "_"): value for key, value in read_config(config_file).items()}
     for assignment in given.pop("set_"):
         key, equals, text = assignment.partition("=")
         if not equals:

@@ -5,11 +5,7 @@ one pack's activations, the residuals on their way, and the writer's queue. The 
 model besides, is a phase of its own.
 """
 
-import os
-import re
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcache.cache_format.part_writer import Instance
@@ -19,6 +15,7 @@ from fastcache.llm.loading import count_parameters
 from fastcache.llm.parity import spread
 from fastcache.llm.transformers_backend import DTYPES, PACK_TOKENS
 from fastcache.llm.vllm_backend.backend import arena_rows
+from fastcache.memory import process_bytes
 
 if TYPE_CHECKING:
     from fastcache.stages.extract.run import Job
@@ -116,24 +113,3 @@ def _parity_bytes(job: "Job", sample: list[Instance]) -> int:
     states = 4 * longest * job.llm_config.hidden_size * (job.llm_config.num_hidden_layers + 1)
     computing = states + activations(job.llm_config, longest, 4)
     return n_parameters * 4 + max(_mapped(job.llm_config, n_parameters, 4), computing)
-
-
-def process_bytes() -> int:
-    """Resident memory of this process; 0 where the system doesn't tell."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    return 0
-
-
-def free_memory() -> int | None:
-    """Memory that can still be had here, by the machine and by the limits of the control group; None if unknown."""
-    free = []
-    with suppress(OSError, AttributeError):
-        found = re.search(r"MemAvailable: +([0-9]+) kB", Path("/proc/meminfo").read_text())
-        free += [int(found[1]) * 1024] if found else []
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = re.search(r"^inactive_file ([0-9]+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        free.append(limit - used + (int(cached[1]) if cached else 0))
-    return min(free, default=None)

@@ -18,8 +18,9 @@ from fastcache.cache_format.schema import STORED_DTYPES
 from fastcache.cache_format.storage import open_storage
 from fastcache.errors import FastcacheError, SpaceError
 from fastcache.llm.backend import Backend, TokenIds
+from fastcache.memory import free_memory, process_bytes
 from fastcache.progress import Progress
-from fastcache.stages.extract.memory import Needs, estimate_memory, free_memory, pack_tokens, process_bytes
+from fastcache.stages.extract.memory import Needs, estimate_memory, pack_tokens
 
 if TYPE_CHECKING:
     from fastcache.stages.extract.run import Job

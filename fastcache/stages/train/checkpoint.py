@@ -46,12 +46,13 @@ class Run:
         scalars = {"trainer": trainer, "stream": stream, "watch": self.watch.state_dict()}
         return {**scalars, "numerics": numerics(self.device)}, tensors
 
-    def load_state_dict(self, scalars: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, scalars: dict[str, Any], tensors: Mapping[str, Tensor], stream: bool = True) -> None:
         """Go back to where `state_dict` was taken."""
         length = len(STREAM_PREFIX)
         arrays = {name[length:]: value.numpy() for name, value in tensors.items() if name.startswith(STREAM_PREFIX)}
         self.trainer.load_state_dict(scalars["trainer"], dict(tensors))
-        self.buffer.load_state_dict(scalars["stream"], arrays)
+        if stream:
+            self.buffer.load_state_dict(scalars["stream"], arrays)
         self.watch.load_state_dict(scalars["watch"])
 
 
@@ -73,25 +74,24 @@ def save_checkpoint(out: Path, run: Run, kept: int) -> None:
         shutil.rmtree(old)
 
 
-def load_checkpoint(out: Path, run: Run) -> list[str] | None:
-    """Go on from the newest checkpoint that can be read; None if there is none.
+def checkpoint_steps(out: Path) -> list[int]:
+    """The steps that there are checkpoints of."""
+    return sorted(int(folder.name) for folder in (out / FOLDER).glob("[0-9]*"))
+
+
+def load_checkpoint(out: Path, step: int, run: Run, stream: bool = True) -> list[str]:
+    """Go back to the checkpoint of `step`; without `stream`, where another run has loaded the stream that they share.
 
     Returns in what this machine differs from the one that wrote it, as far as numbers may depend on it. Raises
-    `IntegrityError` if there are checkpoints and none can be read.
+    `IntegrityError` if it can't be read.
     """
-    found = sorted((out / FOLDER).glob("[0-9]*"), reverse=True)
-    for folder in found:
-        try:
-            tensors = load_file(folder / "state.safetensors")
-            scalars = read_json(folder / "state.json")
-            require_fields(
-                scalars, dict.fromkeys(("trainer", "stream", "watch", "numerics"), dict), folder / "state.json"
-            )
-        except (SafetensorError, FormatError, OSError):
-            continue  # damaged: the one before it will do
-        run.load_state_dict(scalars, tensors)
-        now, then = numerics(run.device), scalars["numerics"]
-        return [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
-    if found:
-        raise IntegrityError(f"No checkpoint in {out / FOLDER} can be read. Start over with --fresh.")
-    return None
+    folder = out / FOLDER / f"{step:09d}"
+    try:
+        tensors = load_file(folder / "state.safetensors")
+        scalars = read_json(folder / "state.json")
+        require_fields(scalars, dict.fromkeys(("trainer", "stream", "watch", "numerics"), dict), folder / "state.json")
+    except (SafetensorError, FormatError, OSError) as error:
+        raise IntegrityError(f"The checkpoint {folder} can't be read ({error}).") from error
+    run.load_state_dict(scalars, tensors, stream)
+    now, then = numerics(run.device), scalars["numerics"]
+    return [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]

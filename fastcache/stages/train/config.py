@@ -113,6 +113,9 @@ class TrainConfig:
     )
     buffer_tokens: int = option(1_048_576, help="Rows of the mixing buffer.", at_least=1)  # docs/benchmarks/shuffle.md
     seed: int = option(42, help="Seed of weights and shuffle.", at_least=0)
+    shuffle_seed: int | None = option(
+        None, help="Seed of the shuffle, where it is to be another than --seed.", at_least=0
+    )
     precision: str = option(
         "float32",
         choices=("float32", "tf32", "bf16"),
@@ -128,6 +131,11 @@ class TrainConfig:
     checkpoint_every: int = option(5000, help="Steps between checkpoints.", at_least=1)
     keep_checkpoints: int = option(2, help="How many checkpoints are kept, the newest.", at_least=1)
     log_every: int = option(50, help="Steps between lines of the metrics log.", at_least=1)
+
+    @property
+    def stream_seed(self) -> int:
+        """Seed of the order of the rows."""
+        return self.seed if self.shuffle_seed is None else self.shuffle_seed
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from fastcache.cache_format.schema import STORED_DTYPES
 from fastcache.stages.train.config import TrainConfig
 from fastcache.stages.train.recipe import Recipe
-from fastcache.stages.train.run import Task, prepare_task
+from fastcache.stages.train.task import Task, prepare_task
 from fastcache.stages.train.trainer import Trainer
 
 TIMED_STEPS = 3
@@ -53,6 +53,28 @@ class Plan:
         ]
 
 
+def _buffer_rows(task: Task) -> int:
+    return min(max(task.config.buffer_tokens, 2 * task.recipe.batch_size), task.selection.n_kept)
+
+
+def buffer_bytes(task: Task) -> int:
+    """Of the mixing buffer."""
+    return _buffer_rows(task) * task.recipe.d_in * task.cache.row_dtype.itemsize
+
+
+def _sae_bytes(recipe: Recipe) -> int:
+    return 4 * STATE_COPIES * 2 * recipe.d_in * recipe.d_sae
+
+
+def _step_bytes(recipe: Recipe) -> int:
+    return 4 * WIDE_ARRAYS * recipe.batch_size * recipe.d_sae
+
+
+def member_bytes(recipe: Recipe) -> int:
+    """Of an SAE in training: parameters, optimiser, and what a step needs."""
+    return _sae_bytes(recipe) + _step_bytes(recipe)
+
+
 def _sparsity(recipe: Recipe) -> str:
     if recipe.k is not None:
         return f", k {recipe.k}"
@@ -70,14 +92,13 @@ def make_plan(config: TrainConfig) -> Plan:
     task = prepare_task(config)
     recipe, cache = task.recipe, task.cache
     stored = np.dtype(STORED_DTYPES[cache.manifest.dtype]).itemsize
-    buffer_rows = min(max(config.buffer_tokens, 2 * recipe.batch_size), task.selection.n_kept)
     passes = recipe.steps * recipe.batch_size / task.selection.n_kept
     return Plan(
         task,
-        buffer_rows,
-        buffer_rows * recipe.d_in * cache.row_dtype.itemsize,
-        4 * STATE_COPIES * 2 * recipe.d_in * recipe.d_sae,
-        4 * WIDE_ARRAYS * recipe.batch_size * recipe.d_sae,
+        _buffer_rows(task),
+        buffer_bytes(task),
+        _sae_bytes(recipe),
+        _step_bytes(recipe),
         int(passes * cache.n_tokens * recipe.d_in * stored),
         _time_step(recipe, task.device),
     )

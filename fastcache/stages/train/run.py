@@ -1,69 +1,24 @@
-"""The train stage: batches from the cache go into a trainer; log, checkpoints and the finished SAE go into `out`."""
+"""The train stage: batches from the cache go to those in training; log, checkpoints and the SAE go into their outputs."""
 
-import json
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from fastcache.cache_format.reader import Cache, open_cache
-from fastcache.cache_format.unit_array import Rows
-from fastcache.config import as_dict
-from fastcache.devices import choose_device
-from fastcache.errors import InputError
-from fastcache.files import fingerprint, read_json_lines, write_bytes_atomic
+from fastcache.errors import IntegrityError, NonFiniteError
 from fastcache.interrupt import deferred_interrupt
 from fastcache.progress import Progress
-from fastcache.rundir import output_directory, require_space
-from fastcache.sae.storage import INFO_FILE, load_sae, save_sae
-from fastcache.stages.train.checkpoint import Run, load_checkpoint, save_checkpoint
-from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
-from fastcache.stages.train.order import require_batch, rows_of_units
-from fastcache.stages.train.recipe import FAST_PAPER, Recipe, resolve
-from fastcache.stages.train.selection import Selection, select_rows
-from fastcache.stages.train.stream import MixingBuffer, read_units
-from fastcache.stages.train.trainer import Trainer
-from fastcache.stages.train.watch import EVENTS_FILE, LossWatch
+from fastcache.progress import Task as Shown
+from fastcache.sae.storage import INFO_FILE, load_sae
+from fastcache.stages.train.checkpoint import checkpoint_steps, load_checkpoint
+from fastcache.stages.train.config import TrainConfig
+from fastcache.stages.train.member import Member
+from fastcache.stages.train.recipe import FAST_PAPER, Recipe
+from fastcache.stages.train.selection import Selection
+from fastcache.stages.train.task import prepare_task, to_tensor
 
-SAMPLE_UNITS, SAMPLE_ROWS = 32, 4096
 SHORT_RUN_STEPS = 20_000
-METRICS_FILE = "metrics.jsonl"
-OWNED = ("checkpoints", "sae.*", METRICS_FILE, EVENTS_FILE, "evaluation.json")
-
-
-def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
-    """Stored rows as a float32 tensor on `device`; exact."""
-    if logical_dtype == "bfloat16":
-        return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16).to(device).float()
-    return torch.from_numpy(rows).to(device).float()
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a run is about, found and checked before anything is written."""
-
-    cache: Cache
-    hook: str
-    device: str
-    selection: Selection
-    recipe: Recipe
-
-
-def prepare_task(config: TrainConfig) -> Task:
-    """Open the cache and resolve the settings; raises `InputError` for a cache or settings that can't serve."""
-    cache = open_cache(config.cache)
-    cache.require_complete()
-    if cache.manifest.identity["corpus"]["split"] != "train":
-        raise InputError(f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of --split train.")
-    hook = cache.require_hook(None if config.layer is None else f"resid_post.{config.layer}")
-    selection = select_rows(cache, hook, config)
-    recipe = resolve(config, cache.d_in, selection.n_kept)
-    require_batch(cache, selection.n_kept, recipe.batch_size)
-    return Task(cache, hook, choose_device(config.device), selection, recipe)
+OnFailure = Callable[[Member, NonFiniteError], None]
 
 
 def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
@@ -72,47 +27,86 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
     Raises `InputError` for a cache that can't serve, `MismatchError` if `out` was begun otherwise, `NonFiniteError`.
     """
     task = prepare_task(config)
-    cache, hook, device, selection, recipe = task.cache, task.hook, task.device, task.selection, task.recipe
-    settings = {
-        **as_dict(config),
-        "resolved": recipe.as_json(),
-        "cache_fingerprint": fingerprint(cache.manifest.identity),
-    }
-    parameters = 2 * recipe.d_sae * recipe.d_in
-    require_space(out, 4 * parameters * (4 + 3 * config.keep_checkpoints), "An SAE of this size with its checkpoints")
-    with output_directory(out, "train", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
+    with task.output(out, fresh):
         if (out / INFO_FILE).exists():
             progress.say(f"{out} is trained; nothing to do (--fresh starts over).")
             return load_sae(out)[1]
-        _say_recipe(recipe, selection, progress)
-        trainer = Trainer(recipe, device)
-        buffer = MixingBuffer(
-            cache, hook, config.buffer_tokens, recipe.batch_size, config.seed, config.on_corrupt, selection
-        )
-        watch = LossWatch(cache, hook, out, 1 if device == "cpu" else config.log_every)
-        run = Run(trainer, buffer, watch, device)
-        changed = load_checkpoint(out, run)
-        if changed is None:
-            trainer.initialise(_sample(cache, hook, config, selection, device))
-        elif changed:
-            progress.say(f"Note: this resumes on another machine ({', '.join(changed)}), so last bits may differ.")
-        for note in trainer.choose_products():
-            progress.say(note)
-        for name in (METRICS_FILE, EVENTS_FILE):
-            _cut_log(out / name, trainer.step_number)
-        _run(run, config, cache.manifest.dtype, out, progress)
-        info = _provenance(config, trainer, cache, hook)
-        info["tokens"] = {"of": config.tokens_of, **selection.as_json(buffer.n_read, buffer.n_too_large)}
-        if buffer.skipped:
-            info["skipped_units"] = list(buffer.skipped.values())
-            progress.say(
-                f"{len(buffer.skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`."
-            )
-        save_sae(out, trainer.trained(), info)
-    return info
+        say_selection(task.selection, progress)
+        _say_recipe(task.recipe, progress)
+        member = Member(task, out, task.buffer())
+        begin([member], progress)
+        with progress.task(f"train {config.arch}", task.recipe.steps * task.recipe.batch_size, "tokens") as shown:
+            train_together([member], shown)
+        if skipped := member.run.buffer.skipped:
+            progress.say(f"{len(skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`.")
+        return load_sae(out)[1]
 
 
-def _say_recipe(recipe: Recipe, selection: Selection, progress: Progress) -> None:
+def begin(members: Sequence[Member], progress: Progress) -> None:
+    """Load the newest checkpoints that all members have, or initialise them; they share one stream."""
+    changed = _load(members)
+    if changed is None:
+        sample = members[0].task.sample()
+        for member in members:
+            member.trainer.initialise(sample)
+    elif changed:
+        progress.say(f"Note: this resumes on another machine ({', '.join(changed)}), so last bits may differ.")
+    notes = [note for member in members for note in member.begin()]
+    for note in dict.fromkeys(notes):
+        progress.say(note)
+
+
+def _load(members: Sequence[Member]) -> list[str] | None:
+    """Go back to the newest checkpoints of one and the same step; None where there are none.
+
+    A sweep that was killed while it wrote checkpoints has members that are a checkpoint ahead of others.
+    """
+    common = set.intersection(*(set(checkpoint_steps(member.out)) for member in members))
+    for step in sorted(common, reverse=True):
+        with suppress(IntegrityError):  # damaged: the one before it will do
+            changes = [load_checkpoint(member.out, step, member.run, stream=member is members[0]) for member in members]
+            return changes[0]
+    if common:
+        raise IntegrityError(f"No checkpoint in {members[0].out} can be read. Start over with --fresh.")
+    return None
+
+
+def train_together(members: Sequence[Member], shown: Shown, on_failure: OnFailure | None = None) -> None:
+    """Give every batch of the stream that the members share to each, until all are trained.
+
+    A member that fails is told to `on_failure`, and the rest goes on; without it, the failure is raised.
+    """
+    task, buffer = members[0].task, members[0].run.buffer
+    active = list(members)
+
+    def tried(action: Callable[[Member], None]) -> None:
+        for member in list(active):
+            try:
+                action(member)
+            except NonFiniteError as error:
+                if on_failure is None:
+                    raise
+                on_failure(member, error)
+                active.remove(member)
+
+    step_number = members[0].trainer.step_number
+    shown.advance(step_number * task.recipe.batch_size)
+    with deferred_interrupt() as interrupt:
+        while active:
+            numbers, rows = buffer.next_batch()
+            x = to_tensor(rows, task.cache.manifest.dtype, task.device)
+            tried(lambda member: member.step(x, numbers))  # noqa: B023  called at once
+            active = [member for member in active if not member.is_trained]
+            step_number += 1
+            if interrupt.requested or step_number % task.config.checkpoint_every == 0:
+                tried(Member.checkpoint)
+            shown.advance(len(x), members[0].note() if len(members) == 1 else f"{len(active)} SAEs")
+            if interrupt.requested:
+                raise KeyboardInterrupt
+
+
+def say_selection(selection: Selection, progress: Progress) -> None:
+    """Say which rows are left out."""
     if selection.dropped:
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in selection.dropped.items())
         progress.say(f"Tokens: {selection.n_kept:,} of {selection.n_rows:,} kept; left out: {dropped}")
@@ -120,6 +114,9 @@ def _say_recipe(recipe: Recipe, selection: Selection, progress: Progress) -> Non
         progress.say(
             f"Norm filter: rows above {selection.largest_norm:.4g} are left out; the median is {selection.median_norm:.4g}"
         )
+
+
+def _say_recipe(recipe: Recipe, progress: Progress) -> None:
     tokens = recipe.steps * recipe.batch_size
     progress.say(
         f"Recipe {recipe.name}: {recipe.steps:,} steps of {recipe.batch_size:,} tokens ({tokens:,}), d_sae {recipe.d_sae:,}, "
@@ -130,75 +127,3 @@ def _say_recipe(recipe: Recipe, selection: Selection, progress: Progress) -> Non
             f"Note: {recipe.steps:,} steps at the paper's learning rate, meant for 320,000, leave an undertrained SAE. "
             "Cache more tokens, raise --lr, or leave --recipe out."
         )
-
-
-def _sample(cache: Cache, hook: str, config: TrainConfig, selection: Selection, device: str) -> Tensor:
-    """Rows of some random units, of those that are trained on: for the scale, the geometric median and the thresholds."""
-    places, found, n_units = rows_of_units(cache), [], 0
-    units = read_units(cache, hook, config.seed, skip=config.on_corrupt == "skip")
-    for read in islice(units, len(places)):
-        if read.error is not None:
-            continue
-        rows = read.rows[selection.of_rows(*places[read.unit].tolist())]
-        too_large = selection.too_large(rows, cache.manifest.dtype)
-        found.append((rows if too_large is None else rows[~too_large]).copy())
-        n_units += 1
-        if n_units >= SAMPLE_UNITS and sum(map(len, found)) >= SAMPLE_ROWS:
-            break
-    return to_tensor(np.concatenate(found), cache.manifest.dtype, device)
-
-
-def _run(run: Run, config: TrainConfig, dtype: str, out: Path, progress: Progress) -> None:
-    trainer, buffer, batch_size = run.trainer, run.buffer, run.trainer.recipe.batch_size
-    with (
-        (out / METRICS_FILE).open("a") as log,
-        progress.task(f"train {config.arch}", trainer.n_steps * batch_size, "tokens") as task,
-        deferred_interrupt() as interrupt,
-    ):
-        task.advance(trainer.step_number * batch_size)
-        while trainer.step_number < trainer.n_steps:
-            numbers, rows = buffer.next_batch()
-            x = to_tensor(rows, dtype, run.device)
-            figures = trainer.step(x)
-            run.watch.add(trainer.step_number, figures.loss, numbers)
-            last = trainer.step_number == trainer.n_steps
-            save = interrupt.requested or (trainer.step_number % config.checkpoint_every == 0 and not last)
-            note = ""
-            if save or last:
-                run.watch.look()
-            if last or trainer.step_number % config.log_every == 0:
-                line = trainer.figures(x, figures)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                note = _note(line)
-            if save:
-                save_checkpoint(out, run, config.keep_checkpoints)
-            task.advance(len(x), note)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-
-
-def _note(line: dict[str, Any]) -> str:
-    fvu = "-" if line["fvu"] is None else f"{line['fvu']:.3f}"
-    return f"loss {line['loss']:.4g}  L0 {line['l0']:.1f}  FVU {fvu}  dead {line['dead_latents']}"
-
-
-def _cut_log(path: Path, step_number: int) -> None:
-    """Drop the lines of steps after the checkpoint: they are done again."""
-    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step_number]
-    if kept or path.exists():
-        write_bytes_atomic(path, "".join(kept).encode())
-
-
-def _provenance(config: TrainConfig, trainer: Trainer, cache: Cache, hook: str) -> dict[str, Any]:
-    identity, recipe = cache.manifest.identity, trainer.recipe
-    training = {**recipe.as_json(), "buffer_tokens": config.buffer_tokens, "tokens": recipe.steps * recipe.batch_size}
-    return {
-        "hook_point": hook,
-        "model": identity["model"],
-        "tokenizer": identity["tokenizer"],
-        "method": identity["method"],
-        "corpus": identity["corpus"],
-        "cache_fingerprint": fingerprint(identity),
-        "training": {**training, "activation_scale": trainer.scale},
-    }

@@ -1,0 +1,27 @@
+"""Memory that this process has, and that it can still have."""
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+
+def process_bytes() -> int:
+    """Resident memory of this process; 0 where the system doesn't tell."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return 0
+
+
+def free_memory() -> int | None:
+    """Memory that can still be had here, by the machine and by the limits of the control group; None if unknown."""
+    free = []
+    with suppress(OSError, AttributeError):
+        found = re.search(r"MemAvailable: +([0-9]+) kB", Path("/proc/meminfo").read_text())
+        free += [int(found[1]) * 1024] if found else []
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = re.search(r"^inactive_file ([0-9]+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        free.append(limit - used + (int(cached[1]) if cached else 0))
+    return min(free, default=None)

@@ -1,0 +1,87 @@
+"""`fastcache sweep`."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fastcache.errors import InputError
+from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.options import output_options, read_config
+from fastcache.pipeline.places import RUNS, slug
+
+HELP = """Train many SAEs in one pass over a cache.
+
+A grid gives every combination of its values; a file can also have a list of runs. All settings of `fastcache train`
+can be used, by name. Members that train on the same rows (layer, selection, batch size, buffer, shuffle seed) share the
+reading, the shuffle and the transfer; the seed of a grid is that of the weights. Each member has an output of its own, as
+of `train`. Run again, a sweep resumes; a member that fails doesn't stop the others.
+
+\b
+Examples:
+  fastcache sweep --cache DIR --set arch=jumprelu --grid target_l0=16,32,64,128
+  fastcache sweep --cache DIR --grid arch=topk,batchtopk --grid k=32,64 --grid seed=1,2 --memory 16GB
+  fastcache sweep --cache DIR --config sweep.yaml --dry-run
+
+\b
+sweep.yaml:
+  base: {expansion: 16, tokens: 40_000_000}
+  grid: {seed: [1, 2]}
+  runs:
+    - {arch: jumprelu, target_l0: 32}
+    - {arch: standard, coefficient: 5, tokens_of: content}
+"""
+
+
+@click.command(help=HELP)
+@click.option("--cache", metavar="DIR", help="Cache made by `fastcache extract`.")
+@click.option(
+    "--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML or JSON file."
+)
+@click.option("--grid", multiple=True, metavar="KEY=V1,V2", help="Train with each of these values. Repeatable.")
+@click.option("--set", "set_", multiple=True, metavar="KEY=VALUE", help="Set an option of all members. Repeatable.")
+@click.option(
+    "--memory", metavar="SIZE", help="What the sweep may take, such as 16GB.  [default: 80 % of what is free]"
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
+@output_options
+def command(
+    cache: str | None, config_file: Path | None, grid: tuple[str, ...], set_: tuple[str, ...], memory: str | None,
+    dry_run: bool, out: Path | None, fresh: bool,
+) -> None:  # fmt: skip
+    """Run a sweep."""
+    values: dict[str, Any] = read_config(config_file) if config_file else {}
+    values["base"] = {**(values.get("base") or {}), **dict(_assignment(text, "--set") for text in set_)}
+    added = {key: text.split(",") for key, text in (_assignment(text, "--grid") for text in grid)}
+    values["grid"] = {**(values.get("grid") or {}), **added}
+    values |= {name: given for name, given in (("cache", cache), ("memory", memory)) if given is not None}
+    from fastcache.stages.train.sweep import plan_sweep, sweep
+    from fastcache.stages.train.sweep_config import sweep_config
+
+    config = sweep_config(values)
+    progress = RichProgress(Console())
+    if dry_run:
+        for line in [*plan_sweep(config).lines(), "Nothing was written."]:
+            progress.say(line)
+        return
+    first = next(iter(config.members.values()))
+    place = out or RUNS / f"sweep-{slug(Path(first.cache).resolve().name)}"
+    progress.say(f"Sweep: {place}")
+    result = sweep(config, place, progress, fresh)
+    states = [member["state"] for member in result["members"].values()]
+    progress.say(f"{states.count('trained')} of {len(states)} SAEs are trained.")
+    progress.say(f"Next: fastcache evaluate {_options(place, result)} --cache HELD_OUT_CACHE")
+
+
+def _assignment(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not value:
+        raise InputError(f"{option} {text}: expected KEY=VALUE, for example {option} seed=7.")
+    return key.strip().replace("-", "_"), value
+
+
+def _options(place: Path, result: dict[str, Any]) -> str:
+    trained = [name for name, member in result["members"].items() if member["state"] == "trained"]
+    return " ".join(f"--sae {shlex.quote(str(place / name))}" for name in trained[:2]) + (" ..." if trained[2:] else "")
