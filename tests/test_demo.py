@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from fastcache.pipeline.cli import main
-from fastcache.pipeline.demo import LAYERS, METHODS, SPARSITY
+from fastcache.pipeline.demo import ARCHES, LAYERS, METHODS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -22,7 +22,7 @@ def demo(tmp_path_factory):
 
 def test_every_sae_is_evaluated_on_held_out_dialogues(demo):
     evaluations = [json.loads(path.read_text()) for path in demo.glob("sae-*/evaluation.json")]
-    assert len(evaluations) == len(METHODS) * len(LAYERS) * len(SPARSITY)
+    assert len(evaluations) == len(METHODS) * len(LAYERS) * len(ARCHES)
     for evaluation in evaluations:
         assert evaluation["held_out"]["split"] == "eval"
         assert 0 < evaluation["splits"]["all"]["l0"] < evaluation["d_sae"]

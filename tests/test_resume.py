@@ -71,10 +71,11 @@ def test_a_resumed_extraction_keeps_the_parts_that_are_there(tiny_qwen, chat_cor
 
 
 TRAIN = (
-    "--arch", "jumprelu", "--recipe", "fast-paper",
-    "--layer", "1", "--batch-size", "16", "--tokens", "24_000", "--checkpoint-every", "50",
-    "--log-every", "10", "--lr", "1e-3", "--threshold", "0.1", "--bandwidth", "0.2", "--buffer-tokens", "900",
+    "--arch", "jumprelu", "--layer", "1", "--batch-size", "16", "--tokens", "12_000", "--checkpoint-every", "50",
+    "--log-every", "10", "--lr", "1e-3", "--buffer-tokens", "900", "--tokens-of", "content", "--norm-filter", "1.3x-median",
+    "--dead-window", "20", "--keep-checkpoints", "3",
 )  # fmt: skip
+RESULTS = ("sae.safetensors", "sae.json", "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +85,62 @@ def undisturbed(small_cache, tmp_path_factory):
     return out
 
 
-def test_training_killed_again_and_again_gives_the_same_sae(small_cache, undisturbed, tmp_path):
-    rng = random.Random(1)
-    out = tmp_path / "killed"
-    for _ in range(3):
-        process = start("train", "--cache", small_cache, *TRAIN, "--out", out)
-        before = set((out / "checkpoints").glob("[0-9]*"))
-        wait_for(lambda b=before: set((out / "checkpoints").glob("[0-9]*")) - b, process)
-        time.sleep(rng.random() * 0.05)
+def checkpoints(out):
+    return set((out / "checkpoints").glob("[0-9]*"))
+
+
+def writing(out):
+    """When the file of the checkpoint that is being written was last touched."""
+    try:
+        return {(out / "checkpoints/.tmp/state.safetensors").stat().st_mtime_ns}
+    except FileNotFoundError:
+        return set()
+
+
+def kill_and_resume(arguments, out, n_kills, seed):
+    """Kill a training run `n_kills` times at random moments, half of them while a checkpoint is being written."""
+    rng = random.Random(seed)
+    kills = 0
+    while kills < n_kills and not (out / "sae.json").exists():
+        finished, begun = checkpoints(out), writing(out)
+        process = start(*arguments, "--out", out)
+        if rng.random() < 0.5:
+            wait_for(lambda old=begun: writing(out) - old, process)
+            time.sleep(rng.random() * 0.005)
+        else:
+            wait_for(lambda old=finished: checkpoints(out) - old, process)  # so that it gets on
+            time.sleep(rng.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not (out / "sae.json").exists()
-    subprocess.run(command("train", "--cache", small_cache, *TRAIN, "--out", out), check=True, capture_output=True)
-    assert (out / "sae.safetensors").read_bytes() == (undisturbed / "sae.safetensors").read_bytes()
-    assert (out / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+        kills += 1
+    done = subprocess.run(command(*arguments, "--out", out), check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return kills
+
+
+def same(out, whole):
+    return all((out / name).read_bytes() == (whole / name).read_bytes() for name in RESULTS)
+
+
+def test_training_killed_again_and_again_gives_the_same_sae(small_cache, undisturbed, tmp_path):
+    out = tmp_path / "killed"
+    assert kill_and_resume(["train", "--cache", small_cache, *TRAIN], out, 3, seed=1) >= 2
+    assert same(out, undisturbed)
+    assert len(list((out / "checkpoints").glob("[0-9]*"))) == 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["modern", "fast-paper"])
+@pytest.mark.parametrize("arch", ["standard", "jumprelu", "topk", "batchtopk", "gated", "matryoshka"])
+def test_many_kills_give_the_same_sae(small_cache, tmp_path, arch, recipe):
+    if recipe == "fast-paper" and arch not in ("standard", "jumprelu"):
+        pytest.skip("not an architecture of the paper")
+    arguments = [
+        "train", "--cache", small_cache, *TRAIN, "--arch", arch, "--recipe", recipe, "--tokens", "160_000",
+    ]  # fmt: skip
+    subprocess.run(command(*arguments, "--out", tmp_path / "whole"), check=True, capture_output=True)
+    assert kill_and_resume(arguments, tmp_path / "killed", 8, seed=2) >= 5
+    assert same(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(small_cache, undisturbed, tmp_path):
@@ -111,7 +154,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(small_cache, undisturbed, tmp_path)
     assert "to resume, run:\n  fastcache train --cache" in output
     assert list((out / "checkpoints").glob("[0-9]*"))
     subprocess.run(command(*arguments), check=True, capture_output=True)
-    assert (out / "sae.safetensors").read_bytes() == (undisturbed / "sae.safetensors").read_bytes()
+    assert same(out, undisturbed)
 
 
 def test_two_writers_on_one_output_are_kept_apart(tiny_qwen, chat_corpus, tmp_path):

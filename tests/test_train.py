@@ -212,6 +212,76 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_cache, tmp_path)
     assert (tmp_path / "sae/sae.safetensors").read_bytes() == (tmp_path / "whole/sae.safetensors").read_bytes()
 
 
+class Dies(Silent):
+    """Progress that ends the run after so many steps, as a kill would."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def advance(self, amount, note=""):
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("killed")
+
+
+RESUMED = {
+    "standard": {"recipe": "modern"},
+    "standard, paper": {"recipe": "fast-paper"},
+    "jumprelu": {"recipe": "modern", "tokens_of": "content"},
+    "jumprelu, paper": {"recipe": "fast-paper"},
+    "topk": {"recipe": "modern", "norm_filter": "1.2x-median"},
+    "batchtopk": {"recipe": "modern", "skip_first_position": True},
+    "gated": {"recipe": "modern"},
+    "matryoshka": {"recipe": "modern"},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_ends_with_the_same_bits(small_cache, tmp_path, case):
+    arch = case.partition(",")[0]
+    config = config_for(small_cache, arch=arch, tokens=64 * 90, checkpoint_every=20, dead_window=10, **RESUMED[case])
+    train(config, tmp_path / "whole", Silent())
+    for steps in (33, 18, 29):
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, tmp_path / "sae", Dies(steps))
+    train(config, tmp_path / "sae", Silent())
+    for name in ("sae.safetensors", "sae.json", "metrics.jsonl"):
+        assert (tmp_path / "sae" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_death_while_a_checkpoint_is_written_leaves_the_one_before(small_cache, tmp_path, monkeypatch):
+    from fastcache.stages.train import checkpoint
+
+    config = config_for(small_cache, arch="batchtopk", recipe="modern", tokens=64 * 90, checkpoint_every=20)
+    train(config, tmp_path / "whole", Silent())
+    for name in ("save_file", "write_json_atomic", "fsync_tree", "fsync_directory"):
+        with monkeypatch.context() as patch:
+
+            def die(*_):
+                raise RuntimeError("killed")
+
+            patch.setattr(checkpoint, name, die)
+            with pytest.raises(RuntimeError, match="killed"):
+                train(config, tmp_path / "sae", Silent())
+    train(config, tmp_path / "sae", Silent())
+    assert (tmp_path / "sae/sae.safetensors").read_bytes() == (tmp_path / "whole/sae.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_so_many_checkpoints_are_kept(small_cache, tmp_path, kept):
+    config = config_for(small_cache, tokens=64 * 90, checkpoint_every=20, keep_checkpoints=kept)
+    train(config, tmp_path / "sae", Silent())
+    found = sorted(int(path.name) for path in (tmp_path / "sae/checkpoints").iterdir())
+    assert found == [20, 40, 60, 80][-kept:]
+
+
+def test_a_checkpoint_says_what_its_bits_depend_on(small_cache, tmp_path):
+    train(config_for(small_cache, tokens=64 * 30, checkpoint_every=20), tmp_path / "sae", Silent())
+    state = json.loads((tmp_path / "sae/checkpoints/000000020/state.json").read_text())
+    assert state["numerics"]["threads"] == torch.get_num_threads()
+    assert {"torch", "device", "mkldnn_matmul"} <= set(state["numerics"])
+
+
 def test_a_moved_cache_can_be_resumed_from(small_cache, tmp_path):
 
     train(config_for(small_cache, tokens=1000), tmp_path / "sae", Silent())

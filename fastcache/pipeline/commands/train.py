@@ -14,20 +14,25 @@ from fastcache.stages.train.config import TrainConfig
 
 HELP = """Train a sparse autoencoder from a cache.
 
-The defaults are the paper's, with its schedules scaled to the length of the run. Run again with the same settings, it
-resumes from the last checkpoint, bit for bit.
+Two recipes say what an option is where it is left out. modern is the default, because with it --arch alone gives a
+sparse SAE that reconstructs well; fast-paper trains as the FAST paper did, which is meant for 320,000 steps and leaves
+JumpReLU nearly dense. docs/train.md has both. Run again with the same settings, training resumes from the last
+checkpoint, bit for bit.
 
 \b
 Examples:
   fastcache train --cache fastcache-runs/cache-demo-fast-train-layer-2 --arch jumprelu
-  fastcache train --cache DIR --arch standard --layer 18 --coefficient 5 --batch-size 4096
+  fastcache train --cache DIR --arch jumprelu --layer 18 --target-l0 50 --tokens-of content
+  fastcache train --cache DIR --arch standard --recipe fast-paper --coefficient 5
+  fastcache train --cache DIR --arch batchtopk --k 64 --norm-filter 10x-median --dry-run
 """
 
 
 @click.command(help=HELP)
+@click.option("--dry-run", is_flag=True, help="Print steps, memory, disk reads and time; train nothing.")
 @output_options
 @settings_options(TrainConfig)
-def command(out: Path | None, fresh: bool, **given: Any) -> None:
+def command(out: Path | None, fresh: bool, dry_run: bool, **given: Any) -> None:
     """Run the train stage."""
     config = resolve(TrainConfig, given)
     from fastcache.pipeline.show import show_sae
@@ -35,6 +40,12 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
 
     console = Console()
     progress = RichProgress(console)
+    if dry_run:
+        from fastcache.stages.train.plan import make_plan
+
+        for line in make_plan(config).lines():
+            progress.say(line)
+        return
     layer = "" if config.layer is None else f"-layer-{config.layer}"
     place = out or RUNS / f"sae-{slug(Path(config.cache).resolve().name)}-{config.arch}{layer}"
     progress.say(f"SAE: {place}")

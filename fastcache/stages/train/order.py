@@ -157,15 +157,19 @@ def rows_of_units(cache: Cache) -> Numbers:
     return units[:, 1:] + first_rows[units[:, 0], None]
 
 
-def mixed_order(
-    cache: Cache, capacity: int, batch_size: int, seed: int, mask: npt.NDArray[np.bool_] | None = None
-) -> MixedOrder:
-    """The order of the rows of `cache` that `mask` keeps; raises `InputError` if they can't fill a single batch."""
-    n_rows = cache.n_tokens if mask is None else int(mask.sum())
+def require_batch(cache: Cache, n_rows: int, batch_size: int) -> None:
+    """Raise `InputError` if the `n_rows` of `cache` that are given can't fill a single batch."""
     if n_rows < batch_size:
-        kept = "" if mask is None else " to train on"
+        kept = "" if n_rows == cache.n_tokens else " to train on"
         raise InputError(
             f"{cache.path} has {n_rows:,} rows{kept}, fewer than one batch of {batch_size:,}. "
             "Lower --batch-size, or extract more tokens."
         )
+
+
+def mixed_order(
+    cache: Cache, capacity: int, batch_size: int, seed: int, mask: npt.NDArray[np.bool_] | None = None
+) -> MixedOrder:
+    """The order of the rows of `cache` that `mask` keeps; raises `InputError` if they can't fill a single batch."""
+    require_batch(cache, cache.n_tokens if mask is None else int(mask.sum()), batch_size)
     return MixedOrder(rows_of_units(cache), capacity, batch_size, seed, mask)

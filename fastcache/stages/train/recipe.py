@@ -13,9 +13,10 @@ SMALLEST_BATCH = 256
 MODERN_L0 = 64
 
 PAPER_LAMBDA = {"standard": 5.0, "jumprelu": 0.01}
-MODERN_L1 = {"standard": 0.1, "gated": 0.3}
+MODERN_L1 = {"standard": 0.1, "gated": 0.6}
 """Times sqrt(d_in), as which latents of scaled activations grow."""
-MODERN_L0_COEFFICIENT = 1 / 256
+MODERN_L0_COEFFICIENT = 0.5
+"""Times d_in / target: L0 then ends above its target by about half the FVU, whatever the two are."""
 
 FAST_PAPER: dict[str, Any] = {
     "batch_size": 128, "lr": 7e-5, "lr_warm_up": 0.05, "lr_decay": 0.2, "coefficient_warm_up": 0.03125,
@@ -99,11 +100,14 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int) -> Recipe:
     target = config.target_l0 if paper or config.arch != "jumprelu" else config.target_l0 or float(few)
     k = (config.k or few) if config.arch in WITH_K else None
     widths = config.widths or tuple(d_sae // part for part in (16, 4, 2, 1) if d_sae // part)
+    for name, value in (("k", k), ("target-l0", target)):
+        if value is not None and value > d_sae:
+            raise InputError(f"--{name} {value:g} is more than d_sae, {d_sae}.")
     if config.lr_end is not None:
         end = config.lr_end
     return Recipe(
         name=config.recipe, arch=config.arch, d_in=d_in, d_sae=d_sae, lr_end=end, target_l0=target, k=k,
-        steps=_steps(config, n_rows, chosen["batch_size"]), coefficient=_coefficient(config, d_in),
+        steps=_steps(config, n_rows, chosen["batch_size"]), coefficient=_coefficient(config, d_in, target),
         widths=_checked_widths(widths, d_sae) if config.arch == "matryoshka" else (), clip_norm=config.clip_norm,
         precision=config.precision, plain=config.plain, seed=config.seed, **chosen,
     )  # fmt: skip
@@ -139,14 +143,13 @@ def _checked_widths(widths: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
     return widths
 
 
-def _coefficient(config: TrainConfig, d_in: int) -> float:
+def _coefficient(config: TrainConfig, d_in: int, target_l0: float | None) -> float:
     if config.coefficient is not None:
         return config.coefficient
     if config.recipe == "fast-paper":
         return PAPER_LAMBDA[config.arch]
-    # The squared error of scaled activations is of the order of d_in, L0 of that of its target.
     if config.arch == "jumprelu":
-        return MODERN_L0_COEFFICIENT * d_in
+        return MODERN_L0_COEFFICIENT * d_in / (target_l0 or 1.0)
     return MODERN_L1.get(config.arch, 0.0) * d_in**0.5
 
 

@@ -1,6 +1,7 @@
 """The train stage: batches from the cache go into a trainer; log, checkpoints and the finished SAE go into `out`."""
 
 import json
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastcache.rundir import output_directory, require_space
 from fastcache.sae.storage import INFO_FILE, load_sae, save_sae
 from fastcache.stages.train.checkpoint import Run, load_checkpoint, save_checkpoint
 from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
-from fastcache.stages.train.order import rows_of_units
+from fastcache.stages.train.order import require_batch, rows_of_units
 from fastcache.stages.train.recipe import FAST_PAPER, Recipe, resolve
 from fastcache.stages.train.selection import Selection, select_rows
 from fastcache.stages.train.stream import MixingBuffer, read_units
@@ -41,19 +42,37 @@ def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
     return torch.from_numpy(rows).to(device).float()
 
 
-def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
-    """Train one SAE into `out`, or go on training it; returns its sae.json.
+@dataclass(frozen=True)
+class Task:
+    """What a run is about, found and checked before anything is written."""
 
-    Raises `InputError` for a cache that can't serve, `MismatchError` if `out` was begun otherwise, `NonFiniteError`.
-    """
+    cache: Cache
+    hook: str
+    device: str
+    selection: Selection
+    recipe: Recipe
+
+
+def prepare_task(config: TrainConfig) -> Task:
+    """Open the cache and resolve the settings; raises `InputError` for a cache or settings that can't serve."""
     cache = open_cache(config.cache)
     cache.require_complete()
     if cache.manifest.identity["corpus"]["split"] != "train":
         raise InputError(f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of --split train.")
     hook = cache.require_hook(None if config.layer is None else f"resid_post.{config.layer}")
-    device = choose_device(config.device)
     selection = select_rows(cache, hook, config)
     recipe = resolve(config, cache.d_in, selection.n_kept)
+    require_batch(cache, selection.n_kept, recipe.batch_size)
+    return Task(cache, hook, choose_device(config.device), selection, recipe)
+
+
+def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
+    """Train one SAE into `out`, or go on training it; returns its sae.json.
+
+    Raises `InputError` for a cache that can't serve, `MismatchError` if `out` was begun otherwise, `NonFiniteError`.
+    """
+    task = prepare_task(config)
+    cache, hook, device, selection, recipe = task.cache, task.hook, task.device, task.selection, task.recipe
     settings = {
         **as_dict(config),
         "resolved": recipe.as_json(),

@@ -1,0 +1,96 @@
+"""What a run will take, before it starts: `fastcache train --dry-run`. A few steps are made on random rows, and timed."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastcache.cache_format.schema import STORED_DTYPES
+from fastcache.stages.train.config import TrainConfig
+from fastcache.stages.train.recipe import Recipe
+from fastcache.stages.train.run import Task, prepare_task
+from fastcache.stages.train.trainer import Trainer
+
+TIMED_STEPS = 3
+STATE_COPIES = 4
+"""Parameters, their gradients, Adam's two moments."""
+WIDE_ARRAYS = 6
+"""Arrays `[batch, d_sae]` that a step holds at a time, about."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, times in seconds."""
+
+    task: Task
+    buffer_rows: int
+    buffer_bytes: int
+    sae_bytes: int
+    step_bytes: int
+    read_bytes: int
+    step_seconds: float
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        recipe, selection, cache = self.task.recipe, self.task.selection, self.task.cache
+        tokens, seconds = recipe.steps * recipe.batch_size, recipe.steps * self.step_seconds
+        memory = self.buffer_bytes + self.sae_bytes + self.step_bytes
+        dropped = "".join(f", {reason} {count:,}" for reason, count in selection.dropped.items())
+        return [
+            f"Cache: {cache.path}, {self.task.hook}, d_in {recipe.d_in:,}; {selection.n_kept:,} of {selection.n_rows:,} rows"
+            f"{dropped and ' (left out' + dropped.replace(',', ':', 1) + ')'}",
+            f"SAE: {recipe.arch}, d_sae {recipe.d_sae:,}; recipe {recipe.name}, learning rate {recipe.lr:.3g}"
+            + _sparsity(recipe),
+            f"Steps: {recipe.steps:,} of {recipe.batch_size:,} tokens: {tokens:,}, {tokens / selection.n_kept:.2f} passes",
+            f"Memory: about {memory / 1e9:.2f} GB: buffer of {self.buffer_rows:,} rows {self.buffer_bytes / 1e9:.2f}, SAE and "
+            f"optimiser {self.sae_bytes / 1e9:.2f}, a step {self.step_bytes / 1e9:.2f}",
+            f"Disk: {self.read_bytes / 1e9:.2f} GB to read, {self.read_bytes / max(seconds, 1e-9) / 1e9:.3f} GB/s",
+            f"Time: about {_duration(seconds)} on {self.task.device} ({1000 * self.step_seconds:.1f} ms a step, "
+            f"{recipe.batch_size / self.step_seconds:,.0f} tokens/s)",
+            "Nothing was written.",
+        ]
+
+
+def _sparsity(recipe: Recipe) -> str:
+    if recipe.k is not None:
+        return f", k {recipe.k}"
+    return f", target L0 {recipe.target_l0:g}" if recipe.target_l0 else f", lambda {recipe.coefficient:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Check the settings as `train` does, and find what the run will take; raises what `train` would."""
+    task = prepare_task(config)
+    recipe, cache = task.recipe, task.cache
+    stored = np.dtype(STORED_DTYPES[cache.manifest.dtype]).itemsize
+    buffer_rows = min(max(config.buffer_tokens, 2 * recipe.batch_size), task.selection.n_kept)
+    passes = recipe.steps * recipe.batch_size / task.selection.n_kept
+    return Plan(
+        task,
+        buffer_rows,
+        buffer_rows * recipe.d_in * cache.row_dtype.itemsize,
+        4 * STATE_COPIES * 2 * recipe.d_in * recipe.d_sae,
+        4 * WIDE_ARRAYS * recipe.batch_size * recipe.d_sae,
+        int(passes * cache.n_tokens * recipe.d_in * stored),
+        _time_step(recipe, task.device),
+    )
+
+
+def _time_step(recipe: Recipe, device: str) -> float:
+    """Median time of a step on random rows, after one that isn't counted."""
+    trainer = Trainer(recipe, device)
+    x = torch.randn(recipe.batch_size, recipe.d_in, generator=torch.Generator().manual_seed(0)).to(device)
+    trainer.initialise(x)
+    times = []
+    for _ in range(TIMED_STEPS + 1):
+        start = time.perf_counter()
+        float(trainer.step(x).loss)  # waits for the device
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
