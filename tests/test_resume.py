@@ -71,7 +71,7 @@ def test_a_resumed_extraction_keeps_the_parts_that_are_there(tiny_qwen, chat_cor
 
 
 TRAIN = (
-    "--arch", "jumprelu", "--layer", "1", "--batch-size", "16", "--tokens", "24_000", "--checkpoint-every", "50",
+    "--arch", "jumprelu", "--layer", "1", "--batch-size", "16", "--tokens", "12_000", "--checkpoint-every", "50",
     "--log-every", "10", "--lr", "1e-3", "--buffer-tokens", "900", "--tokens-of", "content", "--norm-filter", "1.3x-median",
     "--dead-window", "20", "--keep-checkpoints", "3",
 )  # fmt: skip
@@ -124,7 +124,7 @@ def same(out, whole):
 
 def test_training_killed_again_and_again_gives_the_same_sae(small_cache, undisturbed, tmp_path):
     out = tmp_path / "killed"
-    assert kill_and_resume(["train", "--cache", small_cache, *TRAIN], out, 4, seed=1) >= 3
+    assert kill_and_resume(["train", "--cache", small_cache, *TRAIN], out, 3, seed=1) >= 2
     assert same(out, undisturbed)
     assert len(list((out / "checkpoints").glob("[0-9]*"))) == 3
 

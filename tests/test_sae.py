@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from fastcache.errors import FormatError, NonFiniteError
-from fastcache.sae.architectures import ARCHITECTURES, JumpReluSae, LogJumpReluSae, StandardSae, StepInputs
+from fastcache.sae.architectures import (
+    ARCHITECTURES,
+    BatchTopKSae,
+    JumpReluSae,
+    LogJumpReluSae,
+    StandardSae,
+    StepInputs,
+    TopKSae,
+)  # fmt: skip
 from fastcache.sae.init import geometric_median, initialise
 from fastcache.sae.metrics import Metrics
 from fastcache.sae.schedules import LearningRate, sparsity_coefficient
@@ -17,7 +25,7 @@ INPUTS = StepInputs(COEFFICIENT)
 
 
 def make(cls, d_in=8, d_sae=16):
-    return cls(d_in, d_sae, **({"k": 4} if hasattr(cls(1, 1), "k") else {}))
+    return cls(d_in, d_sae, **({"k": 4} if issubclass(cls, (TopKSae, BatchTopKSae)) else {}))
 
 
 def random_sae(cls, **keywords):
@@ -54,7 +62,7 @@ def test_jumprelu_encoder_is_zero_up_to_the_threshold():
 
 @pytest.mark.parametrize("cls", ARCHITECTURES.values())
 def test_initial_decoder_rows_are_unit_vectors(cls):
-    sae = cls(16, 64)
+    sae = make(cls, 16, 64)
     initialise(sae, torch.randn(100, 16), torch.Generator().manual_seed(1))
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
     assert not any(getattr(sae, name).any() for name in sae.latent_parameters if name.startswith("b_"))
@@ -148,3 +156,21 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     (tmp_path / "b/sae.safetensors").replace(tmp_path / "a/sae.safetensors")
     with pytest.raises(FormatError, match="should hold"):
         load_sae(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("topk", {"k": "4"}), ("topk", {"k": 0}), ("topk", {"k": 17}), ("topk", {"k": 4.0}), ("topk", {"kk": 4}),
+        ("topk", {}), ("batchtopk", {"k": True}), ("standard", {"k": 4}), ("topk", [4]),
+        ("matryoshka", {"k": 4, "widths": [9, 3]}), ("matryoshka", {"k": 4, "widths": [99]}),
+    ],
+)  # fmt: skip
+def test_options_that_are_not_the_architectures_are_refused(name, options, tmp_path):
+    import json
+
+    save_sae(tmp_path, make(ARCHITECTURES[name]), {})
+    info = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps({**info, "options": options}))
+    with pytest.raises(FormatError, match="options"):
+        load_sae(tmp_path)

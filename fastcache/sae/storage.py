@@ -47,9 +47,9 @@ def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
         raise FormatError(f"{folder}: unknown architecture {info.get('architecture')!r}; this fastcache knows {known}.")
     try:
         sae = ARCHITECTURES[info["architecture"]](info["d_in"], info["d_sae"], **info["options"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise FormatError(
-            f"{folder / INFO_FILE}: options {info['options']} are not those of its architecture."
+            f"{folder / INFO_FILE}: options {info['options']} are not those of {info['architecture']}: {error}."
         ) from error
     try:
         weights = load_file(folder / WEIGHTS_FILE)

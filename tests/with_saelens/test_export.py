@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("sae_lens", reason="sae-lens is not installed here: `make test-interop` has it")
 
 from fastcache.progress import Silent
-from fastcache.sae.architectures import ARCHITECTURES, LogJumpReluSae, StepInputs
+from fastcache.sae.architectures import ARCHITECTURES, BatchTopKSae, LogJumpReluSae, StepInputs, TopKSae
 from fastcache.sae.storage import load_sae, save_sae
 from fastcache.stages.export.config import ExportConfig
 from fastcache.stages.export.run import export
@@ -24,7 +24,7 @@ def random_sae(name, unit):
     generator = torch.Generator().manual_seed(3)
     cls = LogJumpReluSae if name == "log theta" else ARCHITECTURES[name]
     options = {"widths": (10, 40)} if name == "matryoshka" else {}
-    sae = cls(D_IN, D_SAE, **options, **({"k": 9} if hasattr(cls(1, 1), "k") else {}))
+    sae = cls(D_IN, D_SAE, **options, **({"k": 9} if issubclass(cls, (TopKSae, BatchTopKSae)) else {}))
     for key, value in sae.named_parameters():
         value.copy_(torch.randn(value.shape, generator=generator) * 0.4)
         if key == "threshold":

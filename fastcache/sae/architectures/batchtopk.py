@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcache.sae.architectures.single_path import SinglePathSae
+from fastcache.sae.architectures.topk import checked_k
 
 THRESHOLD_RATE = 0.01
 """Share of a new batch in the running mean, as in SAELens."""
@@ -24,10 +25,10 @@ class BatchTopKSae(SinglePathSae):
     in_units_of_x = ("b_dec", "b_enc", "threshold")
     threshold: Tensor
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 64) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int) -> None:
         """See `Sae`."""
         super().__init__(d_in, d_sae)
-        self.k = k
+        self.k = checked_k(k, d_sae)
         # float64: small shares are added many thousand times. Negative: no batch has been seen.
         self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.double))
 

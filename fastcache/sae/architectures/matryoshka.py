@@ -20,9 +20,13 @@ class MatryoshkaSae(BatchTopKSae):
 
     architecture = "matryoshka"
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 64, widths: Sequence[int] = ()) -> None:
-        """See `Sae`; `widths` rise, and d_sae is added where it isn't the last."""
+    def __init__(self, d_in: int, d_sae: int, k: int, widths: Sequence[int] = ()) -> None:
+        """See `Sae`; `widths` rise, and d_sae is added where it isn't the last. Raises `ValueError` for others."""
         super().__init__(d_in, d_sae, k)
+        if not all(isinstance(width, int) for width in widths) or list(widths) != sorted(
+            {*widths} & {*range(1, d_sae + 1)}
+        ):
+            raise ValueError(f"widths should be rising numbers from 1 to {d_sae}, found {list(widths)}")
         self.widths = tuple(widths) if widths and widths[-1] == d_sae else (*widths, d_sae)
 
     @property

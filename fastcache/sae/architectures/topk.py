@@ -11,15 +11,22 @@ from torch import Tensor
 from fastcache.sae.architectures.single_path import SinglePathSae
 
 
+def checked_k(k: int, d_sae: int) -> int:
+    """`k`, if it is a number of latents; raises `ValueError` otherwise."""
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae:
+        raise ValueError(f"k should be a number from 1 to {d_sae}, found {k!r}")
+    return k
+
+
 class TopKSae(SinglePathSae):
     """k active latents for each token; no penalty."""
 
     architecture = "topk"
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 64) -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int) -> None:
         """See `Sae`."""
         super().__init__(d_in, d_sae)
-        self.k = k
+        self.k = checked_k(k, d_sae)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ others the same switch really rounds to bfloat16. TF32 is the same question on a
 hardware has them and are hundreds of times slower where it hasn't. So every way is measured, and its error first.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,7 +113,7 @@ def _factors(device: torch.device, d_in: int, d_sae: int) -> tuple[Tensor, Tenso
 
 
 def _time(route: Route, device: torch.device, factors: tuple[Tensor, Tensor, Tensor], limit: float) -> float:
-    """Median seconds of a step's three kinds of product; that of the first round, if it is above `limit`."""
+    """Least seconds of a step's three kinds of product, as other work only adds; one round, if that is above `limit`."""
     x, weights, latent_acts = (factor.to(route.dtype) for factor in factors)
 
     def products() -> None:
@@ -125,8 +124,8 @@ def _time(route: Route, device: torch.device, factors: tuple[Tensor, Tensor, Ten
     with route.active(device):
         found = [_seconds(products)]
         if found[0] <= limit:
-            found = [_seconds(products) for _ in range(REPEATS)]
-    return statistics.median(found)
+            found += [_seconds(products) for _ in range(REPEATS)]
+    return min(found)
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcache.sae.architectures import JumpReluSae, Sae, StandardSae, StepFigures, StepInputs
+from fastcache.sae.architectures import BatchTopKSae, JumpReluSae, Sae, StandardSae, StepFigures, StepInputs, TopKSae
 from fastcache.sae.architectures.base import l1_weights
-from fastcache.sae.architectures.single_path import revive_dead
+from fastcache.sae.architectures.single_path import SinglePathSae, revive_dead
 from fastcache.sae.fast.buffers import Buffers
 from fastcache.sae.fast.dense import CompiledOps, Forward, TorchOps
 from fastcache.sae.fast.products import PLAIN, Route
@@ -62,6 +62,7 @@ class FastStep(ABC):
         z = self._buffers.get("acts", n, sae.d_sae, dtype=dtype)
         torch.addmm(sae.b_enc.to(dtype), narrow, sae.W_enc.to(dtype), out=z)
         z_dead = z[:, inputs.dead].to(x.dtype) if inputs.revives else None
+        z = self._select(z)
         entries = self._entries(z.to(x.dtype)) if self.sparse else None
         coefficient = inputs.coefficient
         found = self._sparse(x, entries, coefficient) if entries else self._dense(z, narrow, coefficient)
@@ -71,6 +72,10 @@ class FastStep(ABC):
         squared_error = found.squared_error / n
         loss = squared_error + coefficient * found.sparsity + aux
         return StepFigures(loss, squared_error, found.sparsity, found.counts.sum() / n, found.counts > 0, aux)
+
+    def _select(self, z: Tensor) -> Tensor:
+        """z, with what isn't among the largest set to 0 for kinds that go by rank."""
+        return z
 
     # Five products
 
@@ -194,8 +199,38 @@ class FastJumpRelu(FastStep):
         return found, sparsity
 
 
+class FastTopK(FastStep):
+    """See `TopKSae` and `BatchTopKSae`: what they keep is active, and there is no penalty."""
+
+    _sae: SinglePathSae
+
+    def _select(self, z: Tensor) -> Tensor:
+        return z.copy_(self._sae.training_acts(z))
+
+    def _forward(self, z: Tensor) -> Forward:
+        return self._ops.relu(z)
+
+    def _backward(
+        self, acts: Tensor, error: Tensor, grad: Tensor, forward: Forward, coefficient: float
+    ) -> tuple[Tensor, Tensor]:
+        torch.mm(error, self._sae.W_dec.T.to(grad.dtype), out=grad)
+        return acts.new_zeros((), dtype=self._sae.W_dec.dtype), self._ops.relu_backward(grad, acts)
+
+    def _band(self) -> tuple[Tensor, Tensor]:
+        zero = torch.zeros_like(self._sae.b_enc)
+        return zero, zero
+
+    def _sparse_backward(self, x: Tensor, entries: Entries, coefficient: float) -> tuple[Gradients, Tensor]:
+        sae = self._sae
+        found = entries.backward(x, sae.W_dec, sae.b_dec, torch.zeros_like(sae.b_enc))
+        sae.W_dec.grad = found.W_dec
+        return found, x.new_zeros(())
+
+
 def fast_step(sae: Sae) -> FastStep | None:
     """The fast step of `sae`, or None where its kind has none."""
+    if type(sae) in (TopKSae, BatchTopKSae):  # not those derived from them: theirs are other reconstructions
+        return FastTopK(sae)
     if isinstance(sae, StandardSae):
         return FastStandard(sae)
     return FastJumpRelu(sae) if isinstance(sae, JumpReluSae) else None
