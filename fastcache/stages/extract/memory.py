@@ -20,6 +20,7 @@ from fastcache.llm.parity import spread
 from fastcache.llm.transformers_backend import DTYPES, PACK_TOKENS
 
 if TYPE_CHECKING:
+    from fastcache.stages.extract.add_layer import Addition
     from fastcache.stages.extract.run import Job
 
 PACKS_AHEAD = 3
@@ -46,20 +47,20 @@ class Needs:
     """Of each GPU."""
 
 
-def queue_bytes(job: "Job", sample: list[Instance]) -> int:
+def queue_bytes(job: "Job | Addition", sample: list[Instance]) -> int:
     """Bound of the writer's queue: a few packs, so that it stays small beside the model."""
     pack = pack_tokens(job, sample) * job.llm_config.hidden_size * 4 * len(job.hook_points)
     return min(QUEUE_BYTES, QUEUE_PACKS * pack)
 
 
-def pack_tokens(job: "Job", sample: list[Instance]) -> int:
+def pack_tokens(job: "Job | Addition", sample: list[Instance]) -> int:
     """Tokens that go through the model together, at most: a pack, or one sequence that is longer."""
     default = PACK_TOKENS.get(job.device.partition(":")[0], 4096)
     given = default if job.config.pack_tokens is None else job.config.pack_tokens
     return max(given, *(len(instance.token_ids) for instance in sample))
 
 
-def estimate_memory(job: "Job", sample: list[Instance]) -> Needs:
+def estimate_memory(job: "Job | Addition", sample: list[Instance]) -> Needs:
     """Peak over the phases of a run with the transformers backend: parity check, loading, computing."""
     tokens, itemsize = pack_tokens(job, sample), DTYPES[job.model_dtype].itemsize
     n_parameters = count_parameters(job.source, layer_of(job.hook_points[-1]) + 1)
@@ -103,7 +104,7 @@ def activations(llm_config: Any, tokens: int, itemsize: int) -> int:
     return itemsize * (tokens * (3 * int(width) + 5 * d_in) + logits)
 
 
-def _parity_bytes(job: "Job", sample: list[Instance]) -> int:
+def _parity_bytes(job: "Job | Addition", sample: list[Instance]) -> int:
     """The whole float32 model on the host, and all hidden states of its longest sequence."""
     lengths = [len(instance.token_ids) for instance in sample]
     longest = max(lengths[index] for index in spread(lengths, job.config.parity))

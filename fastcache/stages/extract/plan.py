@@ -22,6 +22,7 @@ from fastcache.progress import Progress
 from fastcache.stages.extract.memory import Needs, estimate_memory, free_memory, pack_tokens, process_bytes
 
 if TYPE_CHECKING:
+    from fastcache.stages.extract.add_layer import Addition
     from fastcache.stages.extract.run import Job
 
 TOKEN_BYTES = 3
@@ -80,7 +81,7 @@ def _free_on(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def announce(plan: Plan, job: "Job", out: Path | str, progress: Progress, force: bool) -> None:
+def announce(plan: Plan, job: "Job | Addition", out: Path | str, progress: Progress, force: bool) -> None:
     """Say what the run will take; raises `SpaceError` for what doesn't fit, unless `force` is given."""
     needs = plan.needs
     room, free = _room(out) if isinstance(out, Path) else None, free_memory()
@@ -127,7 +128,9 @@ def _lacking(plan: Plan, out: Path | str, room: int | None, free: int | None) ->
     return problems
 
 
-def announce_time(plan: Plan, job: "Job", backend: Backend, sample: list[Instance], progress: Progress) -> None:
+def announce_time(
+    plan: Plan, job: "Job | Addition", backend: Backend, sample: list[Instance], progress: Progress
+) -> None:
     """Say how long the run will take, by the time of the first sequences."""
     tokens, seconds = _warm_up(backend, sample, pack_tokens(job, sample))
     # Workers on a CPU share its cores; those on GPUs of their own don't.

@@ -44,6 +44,8 @@ from fastcache.stages.extract.status import STATUS_FILE, Status
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastcache.stages.extract.add_layer import Addition
+
 SAMPLE = 256
 """Sequences looked at to estimate the size of the job and to choose those of the parity check."""
 
@@ -80,20 +82,24 @@ class Job:
         return [hook_point(layer) for layer in sorted(set(self.config.layer))]
 
     @property
-    def separator(self) -> int | None:
-        """Token between the documents of bt-p: BOS, else <|endoftext|>, else EOS. A dialogue ends by its template."""
+    def separator(self) -> tuple[str, int | None]:
+        """What ends a document, by name and token id. A dialogue ends by its template, a text by the first of these."""
         if self.config.method != "bt-p":
-            return None
+            return "template", None
         tokenizer = self.tokenizer
-        known = tokenizer.get_vocab().get("<|endoftext|>")
-        return next((i for i in (tokenizer.bos_token_id, known, tokenizer.eos_token_id) if i is not None), None)
+        candidates = {
+            "bos": tokenizer.bos_token_id,
+            "endoftext": tokenizer.get_vocab().get("<|endoftext|>"),
+            "eos": tokenizer.eos_token_id,
+        }
+        return next(((name, token) for name, token in candidates.items() if token is not None), ("none", None))
 
     def items(self) -> Iterator[Item]:
         """The stream of sequences, from its beginning."""
         rows = self.corpus.rows(self.config.split)
         if self.config.method == "fast":
             return fast_items(rows, self._tokenizer(), self.max_length)
-        return block_items(rows, self._tokenizer(), self.block_size, self.separator)
+        return block_items(rows, self._tokenizer(), self.block_size, self.separator[1], self.config.tokens)
 
     def _tokenizer(self) -> Tokenize:
         if self.config.method == "bt-p":
@@ -131,7 +137,9 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """All that decides what the cache holds."""
         config = self.config
-        length = {"max_length": self.max_length} if config.method == "fast" else {"block_size": self.block_size}
+        is_fast = config.method == "fast"
+        length = {"max_length": self.max_length} if is_fast else {"block_size": self.block_size}
+        policy = {} if is_fast else {"separator_policy": self.separator[0]}
         return {
             "model": model_identity(self.source, self.llm_config),
             "tokenizer": {
@@ -140,7 +148,7 @@ class Job:
                 "default_system": config.default_system,
             },
             "corpus": {"fingerprint": self.corpus.fingerprint, "split": config.split},
-            "method": {"name": config.method, **length, "separator": self.separator},
+            "method": {"name": config.method, **length, "separator": self.separator[1], **policy},
             "hook_points": self.hook_points,
             "d_in": self.llm_config.hidden_size,
             "dtype": config.dtype,
@@ -173,11 +181,10 @@ def extract(
 
     `find_corpus` names the corpus directory; it is asked once the model is known to serve, for it may be long at it.
     Everything that can be wrong with the input is found before `out` is touched, and what disk or memory can't hold is
-    refused, but for `force`. Raises `ModelError`, `InputError`,
-    `MismatchError`, `SpaceError`, `NonFiniteError`.
+    refused, but for `force`. Raises `ModelError`, `InputError`, `MismatchError`, `SpaceError`, `NonFiniteError`.
     """
     job = make_job(config, find_corpus)
-    begun = time.monotonic()
+    started = time.monotonic()
     items = list(islice(job.items(), SAMPLE))
     sample = [item.instance for item in items if item.instance]
     if not sample:
@@ -185,7 +192,7 @@ def extract(
             f"None of the first {SAMPLE} rows of {job.corpus.path} could be rendered; see `fastcache inspect`."
         )
     n_rows = max(1, sum(len(item.entries) for item in items))  # a long document may not have ended yet
-    plan = make_plan(job, out, sample, n_rows, time.monotonic() - begun, fresh)
+    plan = make_plan(job, out, sample, n_rows, time.monotonic() - started, fresh)
     if plan.new_tokens:
         announce(plan, job, out, progress, force)
     queue = queue_bytes(job, sample)
@@ -200,10 +207,10 @@ def extract(
             writer.manifest.state = "writing"
             writer.save_manifest()
         worker = replace(job.worker(writer.storage.url), queue_bytes=queue)
-        backend = _begun(worker, progress) if job.n_workers == 1 else None
+        backend = begun(worker, progress) if job.n_workers == 1 else None
         if config.parity and not writer.manifest.parity:
-            checked = backend or _begun(worker, progress)
-            writer.manifest.parity = _parity(job, sample, checked, progress)
+            checked = backend or begun(worker, progress)
+            writer.manifest.parity = parity_figures(job, sample, checked, progress)
             writer.save_manifest()
             announce_time(plan, job, checked, sample, progress)
             del checked
@@ -212,9 +219,8 @@ def extract(
         path = out / STATUS_FILE if isinstance(out, Path) else None
         with progress.task(f"extract {config.method}", plan.expected_tokens, "tokens") as task:
             status = Status(task, progress, plan.expected_tokens, plan.row_bytes, path)
-            failed: dict[int, str] = {}
             if backend is not None:
-                compute_here(job.units(), writer, backend, worker.skip_nonfinite, status)
+                failed = compute_here(job.units(), writer, backend, worker.skip_nonfinite, status)
             else:
                 failed = compute_by_crew(job.units(), writer, worker, job.n_workers, status)
             status.state = "computed"
@@ -222,7 +228,7 @@ def extract(
         return finish(writer, job, failed)
 
 
-def _begun(worker: Worker, progress: Progress) -> Backend:
+def begun(worker: Worker, progress: Progress) -> Backend:
     """The backend, after its word on how it runs the model."""
     backend = worker.backend()
     if backend.note:
@@ -230,7 +236,9 @@ def _begun(worker: Worker, progress: Progress) -> Backend:
     return backend
 
 
-def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
+def parity_figures(
+    job: "Job | Addition", sample: list[Instance], backend: Backend, progress: Progress
+) -> dict[str, Any]:
     """Figures of the parity check; the reference model is let go with the end of this function."""
     picked = spread([len(instance.token_ids) for instance in sample], job.config.parity)
     progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model ...")
@@ -249,7 +257,7 @@ def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) 
     before = writer.manifest.to_bytes()
     records = [writer.committed[index] for index in sorted(writer.committed)]
     if failed and not records:
-        raise ModelError(f"Every unit failed; the first one because {next(iter(failed.values()))}.")
+        raise ModelError(f"Every unit failed, the first one because: {next(iter(failed.values()))}.")
     if not records:
         raise InputError("--tokens leaves no room for a single sequence; nothing was cached.")
     cache = Cache(writer.storage)
@@ -265,9 +273,11 @@ def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) 
         "n_tokens": cache.n_tokens,
         "n_instances": cache.n_instances,
         "n_parts": len(records),
-        "n_bytes": sum(size for record in records for size, _ in record.files.values()),
+        "n_bytes": sum(record.n_bytes(manifest.hook_points) for record in records),
         "tokens_by_type": _tokens_by_type(cache),
     }
+    if job.config.method != "fast":
+        manifest.totals["last_block_tokens"] = len(cache.instance(-1))
     manifest.state = "complete"
     if manifest.to_bytes() != before:
         writer.save_manifest()
