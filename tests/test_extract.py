@@ -134,6 +134,68 @@ def test_blocks_know_their_documents(tiny_qwen, chat_corpus, tmp_path):
     assert cache.manifest.ledger["stored"] == len(expected)
 
 
+@pytest.mark.parametrize("tokens", [64, 65, 500, 1023, 1024])
+def test_blocks_have_exactly_the_tokens_of_the_budget(tokens, tiny_qwen, chat_corpus, tmp_path):
+    options = {"method": "bt-f", "block_size": 64, "tokens": tokens, "parity": 0}
+    cache = run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", **options)
+    lengths = [len(instance) for instance in cache.instances()]
+    assert sum(lengths) == tokens
+    assert set(lengths[:-1]) <= {64}
+    assert cache.manifest.totals["last_block_tokens"] == lengths[-1] == (tokens % 64 or 64)
+
+
+def test_dialogues_miss_the_budget_by_less_than_the_next_one(tiny_qwen, chat_corpus, tmp_path):
+    whole = run_extract(tiny_qwen, chat_corpus, tmp_path / "whole", parity=0)
+    cut = run_extract(tiny_qwen, chat_corpus, tmp_path / "cut", parity=0, tokens=1000)
+    assert cut.n_tokens <= 1000 < cut.n_tokens + len(whole.instance(cut.n_instances))
+    assert [len(one) for one in cut.instances()] == [len(one) for one in whole.instances()][: cut.n_instances]
+
+
+def test_blocks_can_have_as_many_tokens_as_a_cache_of_dialogues(tiny_qwen, chat_corpus, tmp_path):
+    fast = run_extract(tiny_qwen, chat_corpus, tmp_path / "fast", parity=0, tokens=1000)
+    options = {"method": "bt-f", "block_size": 64, "tokens": fast.n_tokens, "parity": 0}
+    assert run_extract(tiny_qwen, chat_corpus, tmp_path / "blocks", **options).n_tokens == fast.n_tokens
+
+
+def test_a_partial_block_is_marked_and_shown(tiny_qwen, chat_corpus, tmp_path, capsys):
+    from fastcache.pipeline.cli import main
+
+    for tokens in (100, 128):
+        options = {"method": "bt-f", "block_size": 64, "tokens": tokens, "parity": 0}
+        run_extract(tiny_qwen, chat_corpus, tmp_path / str(tokens), **options)
+        main(["inspect", str(tmp_path / str(tokens))])
+        shown = capsys.readouterr().out
+        assert ("partial: 36 of 64 tokens" in shown) == (tokens == 100)
+        assert "separator_policy template" in shown
+
+
+@pytest.mark.parametrize(
+    ("changed", "policy"),
+    [
+        ({}, "endoftext"),
+        ({"bos_token": "the"}, "bos"),
+        ({"vocabulary": {}}, "eos"),
+        ({"vocabulary": {}, "eos_token": None}, "none"),
+    ],
+)
+def test_the_separator_is_recorded_with_what_chose_it(changed, policy, tiny_qwen, text_corpus):
+    from fastcache.stages.extract.config import ExtractConfig
+    from fastcache.stages.extract.job import make_job
+
+    job = make_job(ExtractConfig(str(tiny_qwen), (1,), method="bt-p"), lambda: text_corpus)
+    known = changed.pop("vocabulary", job.tokenizer.get_vocab())
+    for name, token in changed.items():
+        setattr(job.tokenizer, name, token)
+    job.tokenizer.get_vocab = lambda: known
+    tokens = {
+        "bos": job.tokenizer.bos_token_id,
+        "endoftext": known.get("<|endoftext|>"),
+        "eos": job.tokenizer.eos_token_id,
+    }
+    method = job.identity()["method"]
+    assert (method["separator_policy"], method["separator"]) == (policy, tokens.get(policy))
+
+
 def test_a_row_that_the_budget_cuts_is_truncated(tiny_qwen, chat_corpus, tmp_path):
     cache = run_extract(
         tiny_qwen, chat_corpus, tmp_path / "cache", method="bt-f", block_size=16, tokens=500, unit_tokens=64
@@ -179,10 +241,10 @@ def test_missing_corpus_rows_are_noticed(tiny_qwen, chat_corpus, tmp_path):
 def test_a_part_of_other_sequences_is_not_gone_on_with(tiny_qwen, chat_corpus, tmp_path, monkeypatch):
     run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", unit_tokens=400)
     edit_manifest(tmp_path / "cache", state="writing")
-    from fastcache.stages.extract import run as extract_run
+    from fastcache.stages.extract import job as extract_job
 
-    original = extract_run.fast_items
-    monkeypatch.setattr(extract_run, "fast_items", lambda *given: islice(original(*given), 1, None))
+    original = extract_job.fast_items
+    monkeypatch.setattr(extract_job, "fast_items", lambda *given: islice(original(*given), 1, None))
     with pytest.raises(MismatchError, match="a package changed"):
         run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", unit_tokens=400)
 

@@ -78,17 +78,19 @@ def job_identity(folder, method):
     """What an extract run writes, without a model: of a folder for `fast`, else of the hub, quantised, by vLLM."""
     from fastcache.llm.loading import ModelSource
     from fastcache.stages.extract.config import ExtractConfig
-    from fastcache.stages.extract.run import Job
+    from fastcache.stages.extract.job import Job
 
     quantised = {} if method == "fast" else {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     return Job.identity(
         SimpleNamespace(
-            config=ExtractConfig("model", (1,), method=method), max_length=8, block_size=8, separator=2,
+            config=ExtractConfig("model", (1,), method=method), max_length=8, block_size=8, separator=("bos", 2),
             source=ModelSource(str(folder) if method == "fast" else "hub-name", revision="main"),
             llm_config=SimpleNamespace(to_diff_dict=dict, hidden_size=D_IN, **quantised),
             tokenizer=SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=str), chat_template=""),
-            corpus=SimpleNamespace(fingerprint="0"), hook_points=[HOOK], model_dtype="float32",
-            backend="transformers" if method == "fast" else "vllm",
+            corpus=SimpleNamespace(fingerprint="0"),
+            use=SimpleNamespace(
+                hook_points=[HOOK], model_dtype="float32", backend="transformers" if method == "fast" else "vllm"
+            ),
         )
     )  # fmt: skip
 
@@ -109,7 +111,7 @@ def complete_manifest(tmp_path_factory):
     backend = SimpleNamespace(residuals=lambda sequences: map(ones, sequences))
     writer.manifest.parity = check_parity(backend, ones, [np.arange(3)], "float32")
     corpus = SimpleNamespace(n_rows=lambda _split: 4, sources_of=lambda _split, rows: {"some-set": len(rows)})
-    finish(writer, SimpleNamespace(config=SimpleNamespace(split="train"), corpus=corpus))
+    finish(writer, SimpleNamespace(config=SimpleNamespace(split="train", method="fast"), corpus=corpus))
     return json.loads((folder / "cache" / MANIFEST_FILE).read_text())
 
 
@@ -248,8 +250,13 @@ def test_codecs_are_those_of_a_fresh_part(tmp_path):
 def test_manifest_fields_are_those_of_a_finished_run(complete_manifest, tmp_path):
     other = {"identity": job_identity(tmp_path, "bt-p")}
     given_up = {"failed.<unit>"}  # test_workers.py sees it in a manifest
+    of_blocks = {"totals.last_block_tokens"}  # test_extract.py sees it in a manifest
+    added = {"parity.hook_points.<hook>.lengths"}  # test_add_layer.py sees it in a manifest
     lossy = {"statistics.<hook>.<group>.quantization_fvu"}  # test_quantize.py sees it in a manifest
-    assert set(manifest_fields()) == set(leaves(complete_manifest)) | set(leaves(other)) | lossy | given_up
+    assert (
+        set(manifest_fields())
+        == set(leaves(complete_manifest)) | set(leaves(other)) | lossy | given_up | of_blocks | added
+    )
 
 
 def test_manifest_types_are_those_of_a_finished_run(complete_manifest):

@@ -167,6 +167,22 @@ def test_nan_can_be_skipped_and_is_counted(workers, rare, tiny_qwen, rare_corpus
     assert tree_bytes(tmp_path / "cache") == before
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_unit_of_which_nan_leaves_nothing_is_named_and_the_rest_goes_on(
+    workers, rare, tiny_qwen, rare_corpus, tmp_path
+):
+    token, holder, everyone = rare
+    model = _with_nan(tiny_qwen, tmp_path / "model", token)
+    options = {"unit_tokens": 1, "workers": workers, "parity": 0, "on_nonfinite": "skip"}  # a dialogue a unit
+    cache = run_extract(model, rare_corpus, tmp_path / "cache", **options)
+    assert cache.manifest.failed == {str(everyone.index(holder)): "all of its dialogues have NaN or infinity"}
+    assert cache.manifest.ledger["failed"] == 1
+    assert [instance.instance_id for instance in cache.instances()] == [row for row in everyone if row != holder]
+    before = tree_bytes(tmp_path / "cache")
+    run_extract(model, rare_corpus, tmp_path / "cache", **options)  # tried again, with the same end
+    assert tree_bytes(tmp_path / "cache") == before
+
+
 def test_the_status_file_tells_where_the_run_stands(alone):
     status = json.loads((alone / "status.json").read_text())
     cache = fastcache.open_cache(alone)

@@ -5,6 +5,7 @@ what a crash leaves and is cut off by the next writer; a bad line anywhere else 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +13,15 @@ from typing import Any, NamedTuple
 import orjson
 from crc32c import crc32c
 
-from fastcache.cache_format.schema import FORMAT_NAME, FORMAT_VERSION, LOG_FILE, MANIFEST_FILE, STORED_DTYPES, layer_of
+from fastcache.cache_format.schema import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    LOG_FILE,
+    MANIFEST_FILE,
+    STORED_DTYPES,
+    hook_of_file,
+    layer_of,
+)
 from fastcache.cache_format.storage import Storage
 from fastcache.cache_format.unit_array import RESTORE
 from fastcache.errors import FormatError, InputError, IntegrityError
@@ -37,6 +46,11 @@ class PartRecord:
     def name(self) -> str:
         """Name of the part's folder."""
         return f"{self.index:08d}"
+
+    def n_bytes(self, hook_points: Sequence[str]) -> int:
+        """Bytes of its files, but for arrays of hook points other than these: of layers that are being added."""
+        known = {None, *hook_points}
+        return sum(size for name, (size, _) in self.files.items() if hook_of_file(name) in known)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of a log line."""

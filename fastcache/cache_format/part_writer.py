@@ -93,38 +93,19 @@ class _ResidualArray:
         self._writer.close()
 
 
-class PartBuilder:
-    """The files of a part, from its instances and their residuals; knows nothing of threads and commits."""
+class ArraysBuilder:
+    """The residual arrays of a part, from its instances and their residuals; knows nothing of threads and commits."""
 
     def __init__(self, folder: Path, instances: Sequence[Instance], manifest: Manifest) -> None:
+        """`manifest` names the hook points that are written."""
         self.files = Files(folder)
-        self.files.write("zarr.json", to_bytes(group_metadata()))
         self._instances = instances
         lengths = [len(instance.token_ids) for instance in instances]
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.n_tokens = int(self._offsets[-1])
-        self._write_tokens()
         shape = (self.n_tokens, manifest.d_in)
         self._arrays = [_ResidualArray(self.files, hook, shape, manifest.dtype) for hook in manifest.hook_points]
         self._next = 0
-
-    def _write_tokens(self) -> None:
-        starts = self._offsets.tolist()
-        documents = [
-            (row, start + position)
-            for instance, start in zip(self._instances, starts, strict=False)
-            for row, position in instance.documents
-        ]
-        values = {
-            "token_ids": np.concatenate([instance.token_ids for instance in self._instances]),
-            "token_types": np.concatenate([instance.token_types for instance in self._instances]),
-            "instance_ids": np.array([instance.instance_id for instance in self._instances]),
-            "instance_offsets": self._offsets,
-            "document_ids": np.array([row for row, _ in documents]),
-            "document_offsets": np.array([*(start for _, start in documents), self.n_tokens]),
-        }
-        for name, dtype in TOKEN_ARRAYS.items():
-            self.files.small(name, values[name].astype(dtype))
 
     def append(self, residuals: dict[str, Residuals]) -> None:
         """Take the residuals `[n, d_in]`, by hook point, of the next instance.
@@ -159,3 +140,30 @@ class PartBuilder:
         """Let go of open files, after an error."""
         for array in self._arrays:
             array.close()
+
+
+class PartBuilder(ArraysBuilder):
+    """All files of a part: its tokens, too."""
+
+    def __init__(self, folder: Path, instances: Sequence[Instance], manifest: Manifest) -> None:
+        super().__init__(folder, instances, manifest)
+        self.files.write("zarr.json", to_bytes(group_metadata()))
+        self._write_tokens()
+
+    def _write_tokens(self) -> None:
+        starts = self._offsets.tolist()
+        documents = [
+            (row, start + position)
+            for instance, start in zip(self._instances, starts, strict=False)
+            for row, position in instance.documents
+        ]
+        values = {
+            "token_ids": np.concatenate([instance.token_ids for instance in self._instances]),
+            "token_types": np.concatenate([instance.token_types for instance in self._instances]),
+            "instance_ids": np.array([instance.instance_id for instance in self._instances]),
+            "instance_offsets": self._offsets,
+            "document_ids": np.array([row for row, _ in documents]),
+            "document_offsets": np.array([*(start for _, start in documents), self.n_tokens]),
+        }
+        for name, dtype in TOKEN_ARRAYS.items():
+            self.files.small(name, values[name].astype(dtype))

@@ -106,6 +106,12 @@ def layer_of(name: str) -> int:
     return int(match[1])
 
 
+def hook_of_file(name: str) -> str | None:
+    """The hook point to one of whose arrays a file of a part belongs; None for all other files."""
+    match = _HOOK_POINT.match(name)
+    return match[0] if match and name[match.end() : match.end() + 1] in (".", "/") else None
+
+
 def checksum_array(name: str) -> str:
     """Name of the array that holds the crc32c of each unit of the residual array `name`."""
     return f"{name}.crc32c"

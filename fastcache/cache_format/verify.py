@@ -13,9 +13,9 @@ from crc32c import crc32c
 
 from fastcache.cache_format.arrays import to_bytes
 from fastcache.cache_format.manifest import Manifest, PartRecord, load_manifest, parse_log, read_log
-from fastcache.cache_format.schema import FORMAT_VERSION, LOG_FILE, MANIFEST_FILE, PARTS_FOLDER
+from fastcache.cache_format.schema import FORMAT_VERSION, LOG_FILE, MANIFEST_FILE, PARTS_FOLDER, hook_of_file, layer_of
 from fastcache.cache_format.storage import Storage
-from fastcache.cache_format.verify_part import Finding, Findings, PartCheck, PartFacts
+from fastcache.cache_format.verify_part import ADDED, Finding, Findings, PartCheck, PartFacts
 from fastcache.cache_format.verify_totals import Totals
 from fastcache.cache_format.writer import groups
 from fastcache.errors import FastcacheError, FormatError, IntegrityError
@@ -38,6 +38,7 @@ def verify(
     _require_cache(storage)
     above = Findings(storage.url)
     manifest, records = check_above(storage, above)
+    _note_added_layers(manifest, records, above)
     is_linked = _check_folder(storage, records, above)
     totals = Totals(manifest, knows_all=not any(finding.file == LOG_FILE for finding in above.problems()))
     yield from above.found
@@ -48,7 +49,7 @@ def verify(
         workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
         for record, found, facts in _check_parts(storage, manifest, records, quick, workers, task):
             yield from found
-            yield from totals.add(record, facts, is_intact=not found)
+            yield from totals.add(record, facts, is_intact=all(finding.is_note for finding in found))
     last = Findings(storage.url)
     with last.catching(MANIFEST_FILE):
         last.found.extend(totals.compare())
@@ -134,6 +135,14 @@ def _check_log(storage: Storage, manifest: Manifest | None, findings: Findings) 
                 findings.add(LOG_FILE, f"the line of part {record.index} is not canonical JSON")
         records = sorted((record for _, record in parsed.good), key=lambda record: record.index)
     return records
+
+
+def _note_added_layers(manifest: Manifest | None, records: list[PartRecord], findings: Findings) -> None:
+    """Notes layers that parts have and the manifest hasn't: they are being added, or their adding was broken off."""
+    files = {name for record in records for name in record.files}
+    hooks = {hook for name in files if (hook := hook_of_file(name)) is not None}
+    for hook in sorted(hooks - set(manifest.hook_points), key=layer_of) if manifest else ():
+        findings.note(LOG_FILE, f"parts have {hook}, which the manifest doesn't list: {ADDED.format(layer_of(hook))}")
 
 
 def _check_folder(storage: Storage, records: list[PartRecord], findings: Findings) -> bool:

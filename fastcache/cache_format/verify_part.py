@@ -16,7 +16,7 @@ from fastcache.cache_format.arrays import group_metadata, join_crc32c
 from fastcache.cache_format.manifest import Manifest, PartRecord
 from fastcache.cache_format.part import Part
 from fastcache.cache_format.quantize import int8_array
-from fastcache.cache_format.schema import LOG_FILE, PARTS_FOLDER, UNIT_ROWS
+from fastcache.cache_format.schema import LOG_FILE, PARTS_FOLDER, UNIT_ROWS, hook_of_file, layer_of
 from fastcache.cache_format.statistics import Moments, group_counts
 from fastcache.cache_format.storage import MAX_SMALL_FILE, Storage
 from fastcache.cache_format.unit_array import RESTORE, UnitArray
@@ -26,6 +26,9 @@ from fastcache.files import parse_json
 
 BLOCK_BYTES = 2**20
 """Large files are read by about so much at a time, or by units: little enough to stay in a core's cache."""
+
+ADDED = "a layer is being added, or that was broken off; `fastcache extract --add-layer {}` goes on"
+"""What arrays mean that belong to no hook point of the manifest."""
 
 Work = Callable[[], tuple[list["Finding"], "PartFacts | None", int]]
 """A piece of work: gives findings, perhaps the part's facts, and the bytes it has looked at."""
@@ -160,7 +163,10 @@ class PartCheck:
                 elif there[name] != size:
                     findings.add(f"{self.folder}/{name}", f"has {there[name]:,} bytes, expected {size:,}")
             for name in sorted(there.keys() - files.keys()):
-                findings.add(f"{self.folder}/{name}", "is not among the files that the log lists")
+                if (hook := hook_of_file(name)) is None or hook in self._hooks or self._part is None:
+                    findings.add(f"{self.folder}/{name}", "is not among the files that the log lists")
+                else:
+                    findings.note(f"{self.folder}/{name}", f"doesn't count: {ADDED.format(layer_of(hook))}")
         return findings.found, None, 0
 
     def _small(self) -> tuple[list[Finding], PartFacts, int]:

@@ -31,7 +31,8 @@ class Totals:
 
     def add(self, record: PartRecord, facts: PartFacts | None, is_intact: bool) -> Iterator[Finding]:
         """Take in a part; yields what doesn't fit the parts before."""
-        amounts = (1, record.n_tokens, record.n_instances, sum(size for size, _ in record.files.values()))
+        n_bytes = record.n_bytes(self._manifest.hook_points) if self._manifest else 0
+        amounts = (1, record.n_tokens, record.n_instances, n_bytes)
         for name, amount in zip(self._counts, amounts, strict=True):
             self._counts[name] += amount
         yield from self._add_ledger(record)

@@ -20,7 +20,7 @@ from crc32c import crc32c
 from fastcache.cache_format.arrays import group_metadata, to_bytes
 from fastcache.cache_format.background import Background
 from fastcache.cache_format.manifest import Log, Manifest, PartRecord, load_manifest, read_log
-from fastcache.cache_format.part_writer import Instance, PartBuilder, Residuals
+from fastcache.cache_format.part_writer import ArraysBuilder, Instance, PartBuilder, Residuals
 from fastcache.cache_format.schema import FORMAT_VERSION, MANIFEST_FILE, PARTS_FOLDER
 from fastcache.cache_format.storage import Storage, open_storage
 from fastcache.config import differences
@@ -73,6 +73,14 @@ class PartSink:
         """A writer of part `index` with these instances."""
         return PartWriter(self, index, instances)
 
+    def builder(self, folder: Path, instances: Sequence[Instance]) -> ArraysBuilder:
+        """What makes the files of a part in `folder`."""
+        return PartBuilder(folder, instances, self.manifest)
+
+    def put(self, folder: Path, record: PartRecord) -> None:
+        """Put the finished files of a part in their place, durably."""
+        self.storage.publish(folder, f"{PARTS_FOLDER}/{record.name}")
+
     def log_part(self, record: PartRecord) -> None:
         """Nothing: see `CacheWriter.log_part`."""
 
@@ -99,14 +107,14 @@ class PartWriter:
     def __init__(self, writer: PartSink, index: int, instances: Sequence[Instance]) -> None:
         self._writer, self.index = writer, index
         self._instances = instances
-        self._builder: PartBuilder | None = None
+        self._builder: ArraysBuilder | None = None
         self._folder: Path | None = None
         writer.background.submit(0, self._begin)
 
     def _begin(self) -> None:
         with self._guarded():
             self._folder = self._writer.storage.workspace(f"{PARTS_FOLDER}/{self.index:08d}")
-            self._builder = PartBuilder(self._folder, self._instances, self._writer.manifest)
+            self._builder = self._writer.builder(self._folder, self._instances)
 
     def append(self, residuals: dict[str, Residuals]) -> None:
         """Take the residuals `[n, d_in]`, by hook point, of the next instance; the arrays must not change afterwards.
@@ -122,7 +130,7 @@ class PartWriter:
             self._open_builder.append(residuals)
 
     @property
-    def _open_builder(self) -> PartBuilder:
+    def _open_builder(self) -> ArraysBuilder:
         if self._builder is None:
             raise FormatError(f"Part {self.index} was not begun.")
         return self._builder
@@ -148,7 +156,7 @@ class PartWriter:
     def _publish(self, record: PartRecord) -> PartRecord:
         with self._guarded():
             assert self._folder is not None  # noqa: S101 - it was made with the builder
-            self._writer.storage.publish(self._folder, f"{PARTS_FOLDER}/{record.name}")
+            self._writer.put(self._folder, record)
             self._writer.log_part(record)
             return record
 

@@ -121,13 +121,13 @@ def load_config(source: ModelSource) -> Any:
     return text
 
 
-def check_layers(config: Any, hook_points: list[str], source: ModelSource) -> None:
+def check_layers(config: Any, hook_points: list[str], source: ModelSource, option: str = "--layer") -> None:
     """Raise `InputError`, with the valid range, for hook points that the model doesn't have."""
     n_layers = config.num_hidden_layers
     for hook in hook_points:
         if layer_of(hook) >= n_layers:
             raise InputError(
-                f"--layer {layer_of(hook)}: {source.name!r} has {n_layers} layers, so --layer goes from 0 to {n_layers - 1}."
+                f"{option} {layer_of(hook)}: {source.name!r} has {n_layers} layers, so {option} goes from 0 to {n_layers - 1}."
             )
 
 

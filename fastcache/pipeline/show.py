@@ -51,6 +51,9 @@ def show_cache(console: Console, cache: Cache) -> None:
         ("corpus", f"{identity['corpus']['fingerprint'][:16]}, split {identity['corpus']['split']}"),
         ("tokens", f"{cache.n_tokens:,} in {cache.n_instances:,} sequences, {len(cache.parts)} parts"),
     ]
+    block_size, last = identity["method"].get("block_size"), totals.get("last_block_tokens")
+    if block_size and last and last < block_size:
+        rows.append(("last block", f"partial: {last:,} of {block_size:,} tokens"))
     if totals:
         types = ", ".join(f"{name.lower().replace('_', ' ')} {n:,}" for name, n in totals["tokens_by_type"].items())
         skipped = ", ".join(f"{reason} {count:,}" for reason, count in ledger["skipped"].items()) or "0"

@@ -1,6 +1,7 @@
 """`fastcache extract`."""
 
 import shlex
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import click
 from rich.console import Console
 
 from fastcache.pipeline.console import RichProgress
-from fastcache.pipeline.options import output_options, resolve, settings_options
+from fastcache.pipeline.options import AddressOrPath, output_options, resolve, settings_options
 from fastcache.pipeline.places import cache_place, find_corpus
-from fastcache.stages.extract.config import ExtractConfig
+from fastcache.stages.extract.config import AddLayerConfig, ExtractConfig
 
 HELP = """Run the model once over a corpus and write every token's residual activations into a cache.
 
@@ -25,15 +26,29 @@ Examples:
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --split eval
   fastcache extract --model Qwen/Qwen2.5-72B-Instruct --layer 40 --backend vllm --tensor-parallel 4
   fastcache extract --model Qwen/Qwen2.5-7B-Instruct --layer 18 --out s3://bucket/cache
+  fastcache extract --add-layer 20 --cache fastcache-runs/cache-qwen2.5-7b-instruct-fast-train-layer-18
 """
 
 
 @click.command(help=HELP)
 @partial(output_options, remote=True)
 @click.option("--force", is_flag=True, help="Begin even if disk or memory seem not to be enough.")
+@click.option(
+    "--add-layer",
+    multiple=True,
+    metavar="N",
+    help="Add this layer to the complete cache --cache, with its model and tokens. Repeatable.",
+)
+@click.option("--cache", type=AddressOrPath(path_type=Path), metavar="DIR", help="The cache that --add-layer is for.")
 @settings_options(ExtractConfig)
-def command(out: Path | str | None, fresh: bool, force: bool, **given: Any) -> None:
+def command(
+    out: Path | str | None, fresh: bool, force: bool, add_layer: tuple[str, ...], cache: Path | str | None, **given: Any
+) -> None:
     """Run the extract stage."""
+    if add_layer or cache:
+        given |= {"out": out, "fresh": fresh or None, "add_layer": add_layer}
+        _add_layers(cache, given, force)
+        return
     config = resolve(ExtractConfig, given)
     console = Console()
     progress = RichProgress(console)
@@ -42,8 +57,34 @@ def command(out: Path | str | None, fresh: bool, force: bool, **given: Any) -> N
     from fastcache.pipeline.show import show_cache
     from fastcache.stages.extract.run import extract
 
-    cache = extract(config, lambda: find_corpus(config, progress), place, progress, fresh, force)
-    show_cache(console, cache)
+    made = extract(config, lambda: find_corpus(config, progress), place, progress, fresh, force)
+    show_cache(console, made)
     if config.split == "train":
-        layer = f" --layer {config.layer[0]}" if len(cache.hook_points) > 1 else ""
+        layer = f" --layer {config.layer[0]}" if len(made.hook_points) > 1 else ""
         progress.say(f"Next: fastcache train --cache {shlex.quote(str(place))} --arch jumprelu{layer}")
+
+
+def _add_layers(cache: Path | str | None, given: dict[str, Any], force: bool) -> None:
+    """Add layers to a cache; what is `given` besides may only say how it is run."""
+    from fastcache.config import from_mapping
+    from fastcache.errors import InputError
+
+    values = {name: value for name, value in given.items() if value is not None and value != ()}
+    if cache is None or "add_layer" not in values:
+        raise InputError(
+            "--add-layer and --cache go together: fastcache extract --add-layer 20 --cache DIR. A new cache takes --out."
+        )
+    allowed = [field.name for field in fields(AddLayerConfig)]
+    if others := sorted(
+        f"--{name.strip('_').replace('_', '-').removesuffix('-file')}" for name in values.keys() - allowed
+    ):
+        raise InputError(
+            f"With --add-layer, everything else is as the cache was made: leave out {', '.join(others)}. Of the options of "
+            f"extract, only {', '.join(f'--{name}' for name in allowed[1:])} and --force may be given."
+        )
+    console = Console()
+    from fastcache.pipeline.show import show_cache
+    from fastcache.stages.extract.add_layer import add_layers
+
+    config = from_mapping(AddLayerConfig, values, "options")
+    show_cache(console, add_layers(cache, config, RichProgress(console), force))

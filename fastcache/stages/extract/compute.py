@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastcache.cache_format.layers import LayerWriter
 from fastcache.cache_format.manifest import Manifest, PartRecord
 from fastcache.cache_format.storage import open_storage
 from fastcache.cache_format.writer import QUEUE_BYTES, CacheWriter, PartSink
@@ -33,16 +34,22 @@ class Worker:
     plan: BackendPlan
     skip_nonfinite: bool
     queue_bytes: int = QUEUE_BYTES
+    sink: type[PartSink] = PartSink
+
+
+ALL_NON_FINITE = "all of its dialogues have NaN or infinity"
+"""Why a unit is given up of which `--on-nonfinite skip` leaves nothing: a part can't be empty."""
 
 
 def _begin(worker: Worker, number: int) -> Work:
     backend = worker.plan.open(number)
     storage, manifest = open_storage(worker.place), Manifest(worker.identity)
 
-    def work(unit: Unit, report: Report) -> PartRecord:
-        with PartSink(storage, manifest, worker.queue_bytes) as sink:
+    def work(unit: Unit, report: Report) -> PartRecord | None:
+        with worker.sink(storage, manifest, worker.queue_bytes) as sink:
             try:
-                return compute_part(unit, sink, backend, report, worker.skip_nonfinite).result()
+                made = compute_part(unit, sink, backend, report, worker.skip_nonfinite)
+                return made.result() if made else None
             except LostBackendError as error:  # another process takes the unit, with a new backend
                 raise SystemExit(str(error)) from error
 
@@ -82,10 +89,11 @@ def _is_finite(residuals: Residuals) -> bool:
 
 def compute_part(
     unit: Unit, sink: PartSink, backend: Backend, report: Report, skip_nonfinite: bool
-) -> "Future[PartRecord]":
+) -> "Future[PartRecord] | None":
     """Make the part of `unit`; it is committed when the future is done.
 
-    A dialogue with NaN or infinity stops the run, with its number; with `skip_nonfinite` the unit is made again without it.
+    A dialogue with NaN or infinity stops the run, with its number; with `skip_nonfinite` the unit is made again without
+    it, and None is returned if none is left.
     """
     while True:
         bad: set[int] = set()
@@ -101,22 +109,28 @@ def compute_part(
             return part.commit_soon(part_ledger(unit.entries))
         part.abandon_soon()
         if len(bad) == len(unit.instances):
-            raise NonFiniteError(f"All {len(bad)} dialogues of unit {unit.index} have NaN or infinity.")
+            return None
         unit = _without(unit, bad)
 
 
 def compute_here(
-    units: Iterable[Unit], writer: CacheWriter, backend: Backend, skip_nonfinite: bool, status: Status
-) -> None:
-    """Make the parts of the units that are missing, in this process."""
+    units: Iterable[Unit], writer: CacheWriter | LayerWriter, backend: Backend, skip_nonfinite: bool, status: Status
+) -> dict[int, str]:
+    """Make the parts of the units that are missing, in this process; returns those given up, with the reason."""
+    failed: dict[int, str] = {}
     for unit in _missing(units, writer, status):
         report = partial(status.advance, unit=unit.index)
-        compute_part(unit, writer, backend, report, skip_nonfinite).add_done_callback(lambda _: status.unit_done())
+        if made := compute_part(unit, writer, backend, report, skip_nonfinite):
+            made.add_done_callback(lambda _: status.unit_done())
+        else:
+            failed[unit.index] = ALL_NON_FINITE
+            status.unit_failed(unit.index, ALL_NON_FINITE)
     writer.drain()
+    return failed
 
 
 def compute_by_crew(
-    units: Iterable[Unit], writer: CacheWriter, worker: Worker, n_workers: int, status: Status
+    units: Iterable[Unit], writer: CacheWriter | LayerWriter, worker: Worker, n_workers: int, status: Status
 ) -> dict[int, str]:
     """Make the parts of the units that are missing, by `n_workers` processes; returns those given up, with the reason."""
     crew = Crew(partial(_begin, worker), n_workers, STOPPING)
@@ -126,16 +140,16 @@ def compute_by_crew(
         for message in messages:
             if isinstance(message, Advance):
                 status.advance(message.amount, message.key)
-            elif isinstance(message, Done):
+            elif isinstance(message, Done) and message.result:
                 writer.log_part(message.result)
                 status.unit_done()
-            elif isinstance(message, Failed):
-                failed[message.key] = message.reason
-                status.unit_failed(message.key, message.reason)
+            else:
+                failed[message.key] = message.reason if isinstance(message, Failed) else ALL_NON_FINITE
+                status.unit_failed(message.key, failed[message.key])
     return failed
 
 
-def _missing(units: Iterable[Unit], writer: CacheWriter, status: Status) -> Iterator[Unit]:
+def _missing(units: Iterable[Unit], writer: CacheWriter | LayerWriter, status: Status) -> Iterator[Unit]:
     """The units that are not committed yet; raises `MismatchError` for one that is, with other sequences."""
     for unit in units:
         record = writer.logged.get(unit.index)

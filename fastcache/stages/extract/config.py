@@ -25,7 +25,12 @@ class ExtractConfig:
     )
     split: str = option("train", help="Split of the corpus; `eval` makes the held-out cache.")
     method: str = option("fast", choices=("fast", "bt-f", "bt-p"), help="Data method of the paper.")
-    tokens: int = option(40_960_000, help="Stop before the sequence that would exceed so many tokens.", at_least=1)
+    tokens: int = option(
+        40_960_000,
+        help="Tokens of the cache. Blocks (bt-f, bt-p) have exactly so many; fast stops before the dialogue that would "
+        "exceed them.",
+        at_least=1,
+    )
     max_length: int = option(
         8192, help="Truncate dialogues (fast) to so many tokens; at most the model's context.", at_least=1
     )
@@ -65,3 +70,18 @@ class ExtractConfig:
     parity: int = option(8, help="Sequences compared with the plain float32 model first; 0 compares none.", at_least=0)
     revision: str | None = option(None, help="Revision of the model on the hub.")
     trust_remote_code: bool = option(False, help="Run code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class AddLayerConfig:
+    """What `--add-layer` takes; all else is as the cache was made."""
+
+    add_layer: tuple[int, ...] = option(
+        (),
+        help="Decoder layer to add to the complete cache --cache, with its model and tokens. Repeatable.",
+        at_least=0,
+    )
+    device: str | None = option(None, help="See `ExtractConfig`.")
+    devices: tuple[str, ...] = option((), help="See `ExtractConfig`.")
+    workers: int | None = option(None, help="See `ExtractConfig`.", at_least=1)
+    parity: int | None = option(None, help="See `ExtractConfig`.", at_least=0)

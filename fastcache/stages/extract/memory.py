@@ -6,7 +6,7 @@ model besides, is a phase of its own.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import layer_of
@@ -16,9 +16,7 @@ from fastcache.llm.parity import spread
 from fastcache.llm.transformers_backend import DTYPES, PACK_TOKENS
 from fastcache.llm.vllm_backend.backend import arena_rows
 from fastcache.memory import process_bytes
-
-if TYPE_CHECKING:
-    from fastcache.stages.extract.run import Job
+from fastcache.stages.extract.model_use import ModelUse
 
 PACKS_AHEAD = 3
 """Packs whose residuals are held at once: one being computed, one on its way to the host, one being written."""
@@ -44,45 +42,45 @@ class Needs:
     """Of each GPU."""
 
 
-def queue_bytes(job: "Job", sample: list[Instance]) -> int:
+def queue_bytes(use: ModelUse, sample: list[Instance]) -> int:
     """Bound of the writer's queue: a few packs, so that it stays small beside the model."""
-    pack = pack_tokens(job, sample) * job.llm_config.hidden_size * 4 * len(job.hook_points)
+    pack = pack_tokens(use, sample) * use.llm_config.hidden_size * 4 * len(use.hook_points)
     return min(QUEUE_BYTES, QUEUE_PACKS * pack)
 
 
-def pack_tokens(job: "Job", sample: list[Instance]) -> int:
+def pack_tokens(use: ModelUse, sample: list[Instance]) -> int:
     """Tokens that go through the model together, at most: a pack, or one sequence that is longer."""
-    default = PACK_TOKENS.get(job.device.partition(":")[0], 4096)
-    given = default if job.config.pack_tokens is None else job.config.pack_tokens
+    default = PACK_TOKENS.get(use.device.partition(":")[0], 4096)
+    given = default if use.config.pack_tokens is None else use.config.pack_tokens
     return max(given, *(len(instance.token_ids) for instance in sample))
 
 
-def estimate_memory(job: "Job", sample: list[Instance]) -> Needs:
+def estimate_memory(use: ModelUse, sample: list[Instance]) -> Needs:
     """Peak over the phases of a run: parity check, loading, computing."""
-    tokens, itemsize = pack_tokens(job, sample), DTYPES[job.model_dtype].itemsize
-    n_parameters = count_parameters(job.source, layer_of(job.hook_points[-1]) + 1)
+    tokens, itemsize = pack_tokens(use, sample), DTYPES[use.model_dtype].itemsize
+    n_parameters = count_parameters(use.source, layer_of(use.hook_points[-1]) + 1)
     here = process_bytes()  # with the model's code, which has been imported to count
     weights = n_parameters * itemsize
-    row_values = job.llm_config.hidden_size * len(job.hook_points)
-    work = activations(job.llm_config, tokens, itemsize)
-    on_host = any(device.startswith("cpu") for device in job.devices)
+    row_values = use.llm_config.hidden_size * len(use.hook_points)
+    work = activations(use.llm_config, tokens, itemsize)
+    on_host = any(device.startswith("cpu") for device in use.devices)
     resident = LOADING + (weights if on_host else 0)
-    loading = LOADING + weights + _mapped(job.llm_config, n_parameters, itemsize)
+    loading = LOADING + weights + _mapped(use.llm_config, n_parameters, itemsize)
     running = (
-        resident + PACKS_AHEAD * tokens * row_values * 4 + queue_bytes(job, sample) // 2 + (work if on_host else 0)
+        resident + PACKS_AHEAD * tokens * row_values * 4 + queue_bytes(use, sample) // 2 + (work if on_host else 0)
     )
-    first = max(loading, resident + _parity_bytes(job, sample)) if job.n_checked else 0
-    if job.n_workers == 1:
+    first = max(loading, resident + _parity_bytes(use, sample)) if use.n_checked else 0
+    if use.n_workers == 1:
         worker = total = here + max(first, loading, running)
     else:
         worker = WORKER + max(loading, running)
-        total = here + max(first, job.n_workers * worker)
+        total = here + max(first, use.n_workers * worker)
     on_device = CUDA_CONTEXT + weights + work + 2 * tokens * row_values * itemsize
-    if job.backend == "vllm":  # its two processes more; on a GPU it takes what it is allowed to, and says so itself
-        arena = arena_rows(tokens, max(len(instance.token_ids) for instance in sample)) * row_values * itemsize
-        worker, total = (bytes_ + max(1, job.n_workers) * (2 * WORKER + arena) for bytes_ in (worker, total))
+    if use.backend == "vllm":  # its two processes more; on a GPU it takes what it is allowed to, and says so itself
+        arena = arena_rows(tokens, use.longest) * row_values * itemsize
+        worker, total = (bytes_ + max(1, use.n_workers) * (2 * WORKER + arena) for bytes_ in (worker, total))
         return Needs(worker, total, {})
-    turns = [job.devices[number % len(job.devices)] for number in range(job.n_workers)]
+    turns = [use.devices[number % len(use.devices)] for number in range(use.n_workers)]
     return Needs(worker, total, {gpu: turns.count(gpu) * on_device for gpu in turns if gpu.startswith("cuda")})
 
 
@@ -105,11 +103,11 @@ def activations(llm_config: Any, tokens: int, itemsize: int) -> int:
     return itemsize * (tokens * (3 * int(width) + 5 * d_in) + logits)
 
 
-def _parity_bytes(job: "Job", sample: list[Instance]) -> int:
+def _parity_bytes(use: ModelUse, sample: list[Instance]) -> int:
     """The whole float32 model on the host, and all hidden states of its longest sequence."""
     lengths = [len(instance.token_ids) for instance in sample]
-    longest = max(lengths[index] for index in spread(lengths, job.n_checked))
-    n_parameters = count_parameters(job.source, None)
-    states = 4 * longest * job.llm_config.hidden_size * (job.llm_config.num_hidden_layers + 1)
-    computing = states + activations(job.llm_config, longest, 4)
-    return n_parameters * 4 + max(_mapped(job.llm_config, n_parameters, 4), computing)
+    longest = max(lengths[index] for index in spread(lengths, use.n_checked))
+    n_parameters = count_parameters(use.source, None)
+    states = 4 * longest * use.llm_config.hidden_size * (use.llm_config.num_hidden_layers + 1)
+    computing = states + activations(use.llm_config, longest, 4)
+    return n_parameters * 4 + max(_mapped(use.llm_config, n_parameters, 4), computing)

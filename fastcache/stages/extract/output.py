@@ -47,3 +47,15 @@ def _begin(storage: ObjectStorage, settings: dict[str, Any], fresh: bool) -> Non
         for name in OWNED:
             storage.remove(name)
     storage.write(RUN_FILE, readable_json(new_run("extract", settings)))
+
+
+def run_of(storage: Storage) -> dict[str, Any]:
+    """The run.json of a cache, with the settings that it was made with; raises `InputError` if there is none."""
+    where = f"{storage.url}/{RUN_FILE}"
+    try:
+        run = parse_json(storage.read(RUN_FILE), where)
+    except FileNotFoundError as error:
+        raise InputError(f"{where} is missing: it has the settings that the cache was made with.") from error
+    if not isinstance(run, dict) or run.get("command") != "extract" or not isinstance(run.get("settings"), dict):
+        raise InputError(f"{where} is not that of a cache: it should have the settings of `fastcache extract`.")
+    return run

@@ -8,7 +8,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,10 +19,9 @@ from fastcache.errors import FastcacheError, SpaceError
 from fastcache.llm.backend import Backend, TokenIds
 from fastcache.memory import free_memory, process_bytes
 from fastcache.progress import Progress
+from fastcache.stages.extract.job import Job
 from fastcache.stages.extract.memory import Needs, estimate_memory, pack_tokens
-
-if TYPE_CHECKING:
-    from fastcache.stages.extract.run import Job
+from fastcache.stages.extract.model_use import ModelUse
 
 TOKEN_BYTES = 3
 """Bytes on disk of a token's id, type and share of offsets and checksums, compressed."""
@@ -46,16 +44,18 @@ class Plan:
     """Tokens, before the model sees them."""
 
 
-def make_plan(job: "Job", out: Path | str, sample: list[Instance], n_rows: int, seconds: float, fresh: bool) -> Plan:
+def make_plan(job: Job, out: Path | str, sample: list[Instance], n_rows: int, seconds: float, fresh: bool) -> Plan:
     """The plan, by a `sample` of sequences that `n_rows` rows of the corpus gave in `seconds`."""
     n_sampled = sum(len(instance.token_ids) for instance in sample)
     expected = min(job.config.tokens, round(n_sampled / n_rows * job.corpus.n_rows(job.config.split)))
-    row_bytes = np.dtype(STORED_DTYPES[job.config.dtype]).itemsize * job.llm_config.hidden_size * len(job.hook_points)
+    row_bytes = (
+        np.dtype(STORED_DTYPES[job.config.dtype]).itemsize * job.llm_config.hidden_size * len(job.use.hook_points)
+    )
     kept = _committed_tokens(out, expected)
     left = max(0, expected - kept)  # with --fresh, what is there makes room
     new = expected if fresh else left
     disk_bytes, rate = left * (row_bytes + TOKEN_BYTES), n_sampled / max(seconds, 1e-3)
-    return Plan(expected, new, row_bytes, disk_bytes, estimate_memory(job, sample), rate)
+    return Plan(expected, new, row_bytes, disk_bytes, estimate_memory(job.use, sample), rate)
 
 
 def _committed_tokens(out: Path | str, expected: int) -> int:
@@ -81,7 +81,7 @@ def _free_on(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def announce(plan: Plan, job: "Job", out: Path | str, progress: Progress, force: bool) -> None:
+def announce(plan: Plan, use: ModelUse, out: Path | str, progress: Progress, force: bool) -> None:
     """Say what the run will take; raises `SpaceError` for what doesn't fit, unless `force` is given."""
     needs = plan.needs
     room, free = _room(out) if isinstance(out, Path) else None, free_memory()
@@ -90,8 +90,8 @@ def announce(plan: Plan, job: "Job", out: Path | str, progress: Progress, force:
         f"{gigabytes(plan.disk_bytes)} on disk" + _of(room),
         f"{gigabytes(needs.total)} of memory" + _of(free and free + process_bytes()),
     ]
-    if job.n_workers > 1:
-        figures.append(f"{gigabytes(needs.worker)} of it for each of {job.n_workers} workers")
+    if use.n_workers > 1:
+        figures.append(f"{gigabytes(needs.worker)} of it for each of {use.n_workers} workers")
     figures += [f"{gigabytes(needed)} of {device}" + _of(_free_on(device)) for device, needed in needs.devices.items()]
     progress.say(f"Plan (estimates): {', '.join(figures)}.")
     lacking = _lacking(plan, out, room, free)
@@ -128,11 +128,11 @@ def _lacking(plan: Plan, out: Path | str, room: int | None, free: int | None) ->
     return problems
 
 
-def announce_time(plan: Plan, job: "Job", backend: Backend, sample: list[Instance], progress: Progress) -> None:
+def announce_time(plan: Plan, use: ModelUse, backend: Backend, sample: list[Instance], progress: Progress) -> None:
     """Say how long the run will take, by the time of the first sequences."""
-    tokens, seconds = _warm_up(backend, sample, pack_tokens(job, sample))
+    tokens, seconds = _warm_up(backend, sample, pack_tokens(use, sample))
     # Workers on a CPU share its cores; those on GPUs of their own don't.
-    rate = tokens / seconds * max(1, len({device for device in job.devices if device.startswith("cuda")}))
+    rate = tokens / seconds * max(1, len({device for device in use.devices if device.startswith("cuda")}))
     both = 1 / (1 / rate + 1 / plan.rendered_per_second)
     progress.say(
         f"About {duration(plan.new_tokens / both)} at {both:,.0f} tokens/s, measured on {tokens:,} tokens (an estimate)."

@@ -6,7 +6,6 @@ goes on: what is mended then verifies, what is not is found again.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fastcache.cache_format.manifest import Log, Manifest, PartRecord, load_manifest, parse_log, read_log
 from fastcache.cache_format.schema import LOG_FILE, MANIFEST_FILE, PARTS_FOLDER
@@ -17,13 +16,13 @@ from fastcache.cache_format.writer import CacheWriter, groups
 from fastcache.config import differences, from_mapping
 from fastcache.corpus import CORPUS_FILE
 from fastcache.errors import FastcacheError, FormatError, InputError, IntegrityError, MismatchError
-from fastcache.files import parse_json
 from fastcache.progress import Progress
 from fastcache.rundir import RUN_FILE
 from fastcache.stages.extract.compute import as_committed, compute_part
 from fastcache.stages.extract.config import ExtractConfig
-from fastcache.stages.extract.output import cache_output
-from fastcache.stages.extract.run import Job, finish, make_job
+from fastcache.stages.extract.job import Job, make_job
+from fastcache.stages.extract.output import cache_output, run_of
+from fastcache.stages.extract.run import finish
 
 
 def repair(root: Path | str, progress: Progress, corpus: str | None = None, device: str | None = None) -> list[int]:
@@ -32,7 +31,7 @@ def repair(root: Path | str, progress: Progress, corpus: str | None = None, devi
     `corpus` is where the corpus is now, if it was moved. Raises `InputError` for what can't be mended, `MismatchError`
     if model or corpus are not those that the cache was made from.
     """
-    settings = _settings(open_storage(root))
+    settings = run_of(open_storage(root))["settings"]
     with cache_output(root, settings, fresh=False) as storage:
         problems = _problems(storage, progress)
         if not problems:
@@ -60,18 +59,6 @@ def repair(root: Path | str, progress: Progress, corpus: str | None = None, devi
             raise IntegrityError(f"{root} is still damaged after the repair: {'; '.join(map(str, left[:3]))}.")
         progress.say(f"{root} is whole again.")
         return sorted(todo)
-
-
-def _settings(storage: Storage) -> dict[str, Any]:
-    """The settings that the cache was begun with."""
-    where = f"{storage.url}/{RUN_FILE}"
-    try:
-        run = parse_json(storage.read(RUN_FILE), where)
-    except FileNotFoundError as error:
-        raise InputError(f"{where} is missing: it has the settings that the cache was made with.") from error
-    if not isinstance(run, dict) or run.get("command") != "extract" or not isinstance(run.get("settings"), dict):
-        raise InputError(f"{where} is not that of a cache: it should have the settings of `fastcache extract`.")
-    return run["settings"]
 
 
 def _problems(storage: Storage, progress: Progress) -> list[Finding]:
@@ -142,7 +129,7 @@ def _recompute(writer: CacheWriter, job: Job, todo: set[int], progress: Progress
     if not todo:
         return False
     progress.say(f"Computing {len(todo)} of {len(writer.committed) + len(todo)} parts again ...")
-    backend = job.worker(writer.storage.url).plan.open()
+    backend = job.use.plan().open()
     made = set()
     tokens = sum(record.n_tokens for record in writer.logged.values() if record.index in todo)
     with progress.task("repair", tokens, "tokens") as task:

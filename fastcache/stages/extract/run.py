@@ -1,187 +1,32 @@
 """The extract stage: units of the corpus go through the model, each becomes a committed part of the cache."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastcache.cache_format.manifest import Manifest
-from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.reader import Cache
-from fastcache.cache_format.schema import TokenType, hook_point
+from fastcache.cache_format.schema import TokenType
 from fastcache.cache_format.writer import CacheWriter
 from fastcache.config import as_dict
-from fastcache.corpus import Corpus, CorpusRow
-from fastcache.devices import choose_device
 from fastcache.errors import InputError, ModelError
-from fastcache.llm.backend import Backend
-from fastcache.llm.backends import BackendPlan, choose_backend
-from fastcache.llm.chat import FIXED_DATE, ChatRenderer, text_tokens
-from fastcache.llm.loading import (
-    ModelSource,
-    check_layers,
-    load_config,
-    load_tokenizer,
-    model_identity,
-    quantisation,
-    require_chat_template,
-    tokenizer_identity,
-)
-from fastcache.llm.parity import check_parity, reference_residuals, spread
-from fastcache.llm.self_test import SelfTest
 from fastcache.progress import Progress
 from fastcache.rundir import versions
-from fastcache.stages.extract.compute import Worker, compute_by_crew, compute_here
 from fastcache.stages.extract.config import ExtractConfig
+from fastcache.stages.extract.job import Job, make_job
 from fastcache.stages.extract.ledger import total_ledger
 from fastcache.stages.extract.memory import queue_bytes
 from fastcache.stages.extract.output import cache_output
-from fastcache.stages.extract.plan import announce, announce_time, make_plan
-from fastcache.stages.extract.sequences import Item, Tokenize, Unit, block_items, cut_units, fast_items
-from fastcache.stages.extract.status import STATUS_FILE, Status
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fastcache.stages.extract.plan import announce, make_plan
+from fastcache.stages.extract.status import STATUS_FILE
+from fastcache.stages.extract.unit_run import UnitRun
 
 SAMPLE = 256
 """Sequences looked at to estimate the size of the job and to choose those of the parity check."""
-
-
-@dataclass
-class Job:
-    """Everything settled before the model is loaded."""
-
-    config: ExtractConfig
-    source: ModelSource
-    corpus: Corpus
-    tokenizer: "PreTrainedTokenizerBase"
-    llm_config: Any
-
-    def __post_init__(self) -> None:
-        wanted = "text" if self.config.method == "bt-p" else "chat"
-        if self.corpus.kind != wanted:
-            raise InputError(
-                f"--method {self.config.method} needs a {wanted} corpus, but {self.corpus.path} holds {self.corpus.kind}."
-            )
-        if self.config.on_nonfinite == "skip" and self.config.method != "fast":
-            raise InputError(
-                "--on-nonfinite skip is for --method fast: a block can't be left out without its neighbours."
-            )
-        self.device = choose_device(self.config.device)
-        context = getattr(self.llm_config, "max_position_embeddings", None) or self.config.max_length
-        self.max_length = min(self.config.max_length, context)
-        self.block_size = min(self.config.block_size, context)
-        quantised = bool(quantisation(self.llm_config))
-        wanted, n_devices = self.config.backend, self.config.tensor_parallel
-        self.backend, self.backend_reason = choose_backend(wanted, self.device, n_devices, quantised)
-        self.n_checked = 0 if quantised else self.config.parity
-        """Sequences that are compared with the plain model; of a quantised one there is none."""
-        self.model_dtype = self.config.model_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
-
-    @property
-    def hook_points(self) -> list[str]:
-        """The captured hook points, by layer."""
-        return [hook_point(layer) for layer in sorted(set(self.config.layer))]
-
-    @property
-    def separator(self) -> int | None:
-        """Token between the documents of bt-p: BOS, else <|endoftext|>, else EOS. A dialogue ends by its template."""
-        if self.config.method != "bt-p":
-            return None
-        tokenizer = self.tokenizer
-        known = tokenizer.get_vocab().get("<|endoftext|>")
-        return next((i for i in (tokenizer.bos_token_id, known, tokenizer.eos_token_id) if i is not None), None)
-
-    def items(self) -> Iterator[Item]:
-        """The stream of sequences, from its beginning."""
-        rows = self.corpus.rows(self.config.split)
-        if self.config.method == "fast":
-            return fast_items(rows, self._tokenizer(), self.max_length)
-        return block_items(rows, self._tokenizer(), self.block_size, self.separator)
-
-    def _tokenizer(self) -> Tokenize:
-        if self.config.method == "bt-p":
-            return lambda row: text_tokens(self.tokenizer, row.text or "")
-        renderer = ChatRenderer(self.tokenizer, self.config.default_system)
-
-        def tokenize(row: CorpusRow) -> Any:
-            rendered = renderer.render(row.messages or [])
-            return rendered.token_ids, rendered.token_types
-
-        return tokenize
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """The devices of the workers, in turn."""
-        return tuple(map(choose_device, self.config.devices)) or (self.device,)
-
-    @property
-    def n_workers(self) -> int:
-        """Worker processes: one for each device, or as many as asked for."""
-        return self.config.workers or max(1, len(self.devices) // self.config.tensor_parallel)
-
-    def worker(self, place: str) -> Worker:
-        """What computes parts of the cache at `place`."""
-        config = self.config
-        hooks = tuple(self.hook_points)
-        longest = self.max_length if config.method == "fast" else self.block_size
-        self_test = None
-        if self.backend == "vllm" and self.n_checked:
-            self_test = SelfTest.of(self.source, hooks, longest)
-        plan = BackendPlan(
-            self.backend,
-            self.source,
-            hooks,
-            self.model_dtype,
-            self.devices,
-            longest,
-            config.pack_tokens,
-            config.tensor_parallel,
-            self_test,
-        )
-        return Worker(place, self.identity(), plan, config.on_nonfinite == "skip")
-
-    def units(self) -> Iterator[Unit]:
-        """The work units, from the beginning."""
-        return cut_units(self.items(), self.config.unit_tokens, self.config.tokens)
-
-    def identity(self) -> dict[str, Any]:
-        """All that decides what the cache holds."""
-        config = self.config
-        length = {"max_length": self.max_length} if config.method == "fast" else {"block_size": self.block_size}
-        return {
-            "model": model_identity(self.source, self.llm_config),
-            "tokenizer": {
-                **tokenizer_identity(self.tokenizer),
-                "template_date": FIXED_DATE,
-                "default_system": config.default_system,
-            },
-            "corpus": {"fingerprint": self.corpus.fingerprint, "split": config.split},
-            "method": {"name": config.method, **length, "separator": self.separator},
-            "hook_points": self.hook_points,
-            "d_in": self.llm_config.hidden_size,
-            "dtype": config.dtype,
-            "model_dtype": self.model_dtype,
-            **({"backend": self.backend} if self.backend != "transformers" else {}),
-            "tokens": config.tokens,
-            "unit_tokens": config.unit_tokens,
-        }
-
-
-def make_job(config: ExtractConfig, find_corpus: Callable[[], Path]) -> Job:
-    """Find model, tokenizer and corpus, and check that they go together; raises `ModelError`, `InputError`."""
-    source = ModelSource(config.model, config.revision, config.trust_remote_code)
-    llm_config, tokenizer = load_config(source), load_tokenizer(source)
-    check_layers(llm_config, [hook_point(layer) for layer in config.layer], source)
-    if config.method != "bt-p":
-        require_chat_template(tokenizer, source)
-    corpus_path = find_corpus()
-    return Job(replace(config, corpus=str(corpus_path)), source, Corpus(corpus_path), tokenizer, llm_config)
 
 
 def extract(
@@ -196,11 +41,10 @@ def extract(
 
     `find_corpus` names the corpus directory; it is asked once the model is known to serve, for it may be long at it.
     Everything that can be wrong with the input is found before `out` is touched, and what disk or memory can't hold is
-    refused, but for `force`. Raises `ModelError`, `InputError`,
-    `MismatchError`, `SpaceError`, `NonFiniteError`.
+    refused, but for `force`. Raises `ModelError`, `InputError`, `MismatchError`, `SpaceError`, `NonFiniteError`.
     """
     job = make_job(config, find_corpus)
-    begun = time.monotonic()
+    started = time.monotonic()
     items = list(islice(job.items(), SAMPLE))
     sample = [item.instance for item in items if item.instance]
     if not sample:
@@ -208,10 +52,10 @@ def extract(
             f"None of the first {SAMPLE} rows of {job.corpus.path} could be rendered; see `fastcache inspect`."
         )
     n_rows = max(1, sum(len(item.entries) for item in items))  # a long document may not have ended yet
-    plan = make_plan(job, out, sample, n_rows, time.monotonic() - begun, fresh)
+    plan = make_plan(job, out, sample, n_rows, time.monotonic() - started, fresh)
     if plan.new_tokens:
-        announce(plan, job, out, progress, force)
-    queue = queue_bytes(job, sample)
+        announce(plan, job.use, out, progress, force)
+    queue = queue_bytes(job.use, sample)
     with (
         cache_output(out, as_dict(job.config), fresh) as storage,
         CacheWriter(storage, Manifest(job.identity(), versions=versions()), queue_bytes=queue) as writer,
@@ -222,70 +66,18 @@ def extract(
         if writer.manifest.state == "complete":  # but for units that failed: they are tried again
             writer.manifest.state = "writing"
             writer.save_manifest()
-        progress.say(f"Backend: {job.backend} ({job.backend_reason}).")
-        if config.parity and not job.n_checked:
-            progress.say("The model is quantised: there is no plain one to compare it with, and no parity check.")
-        worker = replace(job.worker(writer.storage.url), queue_bytes=queue)
+        job.use.say(progress)
         path = out / STATUS_FILE if isinstance(out, Path) else None
-        with closing(_Model(worker, progress)) as model:
-            if job.n_checked and not writer.manifest.parity:
-                writer.manifest.parity = _parity(job, sample, model.backend(), progress)
-                writer.save_manifest()
-            if model.is_open or job.n_workers == 1:
-                announce_time(plan, job, model.backend(), sample, progress)
-            if job.n_workers > 1:
-                model.close()  # the workers have models of their own
-            with progress.task(f"extract {config.method}", plan.expected_tokens, "tokens") as task:
-                status = Status(task, progress, plan.expected_tokens, plan.row_bytes, path)
-                failed = _compute(job, writer, worker, model, status)
-                status.state = "computed"
-                status.write()
+
+        def keep_parity(figures: dict[str, Any]) -> None:
+            writer.manifest.parity = figures
+            writer.save_manifest()
+
+        run = UnitRun(job.use, job.worker(writer.storage.url, queue), plan, sample, progress, path)
+        failed = run.compute(
+            f"extract {config.method}", job.units(), writer, None if writer.manifest.parity else keep_parity
+        )
         return finish(writer, job, failed)
-
-
-@dataclass
-class _Model:
-    """The backend of this process: opened when it is asked for."""
-
-    worker: Worker
-    progress: Progress
-    _backend: Backend | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it was asked for."""
-        return self._backend is not None
-
-    def backend(self) -> Backend:
-        """The backend, after its word on how it runs the model."""
-        if self._backend is None:
-            self._backend = self.worker.plan.open()
-            if self._backend.note:
-                self.progress.say(self._backend.note)
-        return self._backend
-
-    def close(self) -> None:
-        """Let go of the model, if there is one."""
-        if self._backend is not None:
-            self._backend.close()
-        self._backend = None
-
-
-def _compute(job: Job, writer: CacheWriter, worker: Worker, model: _Model, status: Status) -> dict[int, str]:
-    """Make the parts that are missing, here or by workers; returns those given up, with the reason."""
-    if job.n_workers > 1:
-        return compute_by_crew(job.units(), writer, worker, job.n_workers, status)
-    compute_here(job.units(), writer, model.backend(), worker.skip_nonfinite, status)
-    return {}
-
-
-def _parity(job: Job, sample: list[Instance], backend: Backend, progress: Progress) -> dict[str, Any]:
-    """Figures of the parity check; the reference model is let go with the end of this function."""
-    picked = spread([len(instance.token_ids) for instance in sample], job.n_checked)
-    progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model ...")
-    reference = reference_residuals(job.source, job.hook_points)
-    sequences = [sample[index].token_ids for index in picked]
-    return check_parity(backend, reference, sequences, job.model_dtype)
 
 
 def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) -> Cache:
@@ -298,7 +90,7 @@ def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) 
     before = writer.manifest.to_bytes()
     records = [writer.committed[index] for index in sorted(writer.committed)]
     if failed and not records:
-        raise ModelError(f"Every unit failed; the first one because {next(iter(failed.values()))}.")
+        raise ModelError(f"Every unit failed, the first one because: {next(iter(failed.values()))}.")
     if not records:
         raise InputError("--tokens leaves no room for a single sequence; nothing was cached.")
     cache = Cache(writer.storage)
@@ -314,9 +106,11 @@ def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) 
         "n_tokens": cache.n_tokens,
         "n_instances": cache.n_instances,
         "n_parts": len(records),
-        "n_bytes": sum(size for record in records for size, _ in record.files.values()),
+        "n_bytes": sum(record.n_bytes(manifest.hook_points) for record in records),
         "tokens_by_type": _tokens_by_type(cache),
     }
+    if job.config.method != "fast":
+        manifest.totals["last_block_tokens"] = len(cache.instance(-1))
     manifest.state = "complete"
     if manifest.to_bytes() != before:
         writer.save_manifest()

@@ -1,7 +1,7 @@
 """From corpus rows to the sequences that the model sees, by data method, with a ledger entry for every row.
 
 `fast` makes one sequence of one dialogue. `bt-f` and `bt-p` concatenate dialogues or documents and cut the stream into
-blocks; the row's entry stands with the block in which it ends. A last, shorter block is kept.
+blocks, `--tokens` in all; the row's entry stands with the block in which it ends. A last, shorter block is kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -75,9 +75,12 @@ class _Block:
 
 
 def block_items(
-    rows: Iterable[CorpusRow], tokenize: Tokenize, block_size: int, separator: int | None
+    rows: Iterable[CorpusRow], tokenize: Tokenize, block_size: int, separator: int | None, budget: int
 ) -> Iterator[Item]:
-    """Blocks of `block_size` tokens; `separator` ends each row where it is given."""
+    """Blocks of `block_size` tokens, `budget` in all: the last one may be shorter, its last row `truncated`.
+
+    `separator` ends each row where it is given.
+    """
     number, block = 0, _Block()
     for row in rows:
         try:
@@ -91,15 +94,20 @@ def block_items(
         if separator is not None:
             token_ids = np.append(token_ids, np.int32(separator))
             token_types = np.append(token_types, np.uint8(TokenType.SPECIAL))
+        is_cut = len(token_ids) > budget
+        token_ids, token_types = token_ids[:budget], token_types[:budget]
+        budget -= len(token_ids)
         while len(token_ids):
             room = block_size - block.length
             block.take(row.row, token_ids[:room], token_types[:room])
             token_ids, token_types = token_ids[room:], token_types[room:]
             if not len(token_ids):
-                block.entries.append(Entry(row.row, "stored"))
+                block.entries.append(Entry(row.row, "truncated" if is_cut else "stored"))
             if block.length == block_size:
                 yield block.item(number)
                 number, block = number + 1, _Block()
+        if not budget:
+            break
     if block.length:
         yield block.item(number)
     elif block.entries:
@@ -116,14 +124,6 @@ class Unit:
     n_tokens: int = 0
 
 
-def _settle_cut_row(unit: Unit) -> None:
-    """At the end of the budget: the last row of the last block may go on beyond it, and then has no entry yet."""
-    if unit.instances:
-        row = unit.instances[-1].documents[-1][0]
-        if not any(entry.row == row for entry in unit.entries):
-            unit.entries.append(Entry(row, "truncated"))
-
-
 def cut_units(items: Iterable[Item], unit_tokens: int, budget: int) -> Iterator[Unit]:
     """Cut the stream into units of at most `unit_tokens` (or one longer sequence), up to `budget` tokens in all.
 
@@ -133,7 +133,6 @@ def cut_units(items: Iterable[Item], unit_tokens: int, budget: int) -> Iterator[
     for item in items:
         length = len(item.instance.token_ids) if item.instance else 0
         if total + length > budget:
-            _settle_cut_row(unit)
             break
         if unit.instances and unit.n_tokens + length > unit_tokens:
             yield unit

@@ -45,7 +45,7 @@ class Status:
     def unit_failed(self, unit: int, reason: str) -> None:
         """A unit was given up."""
         self.units_failed += 1
-        self.progress.say(f"Unit {unit} was given up after three attempts: {reason}. The rest goes on.")
+        self.progress.say(f"Unit {unit} was given up: {reason}. The rest goes on.")
 
     def write(self) -> None:
         """Put the figures of this moment into the file."""
