@@ -99,13 +99,11 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
         for name in (METRICS_FILE, EVENTS_FILE):
             _cut_log(out / name, trainer.step_number)
         _run(run, config, cache.manifest.dtype, out, progress)
-        info = _provenance(config, trainer, cache, hook)
-        info["tokens"] = {"of": config.tokens_of, **selection.as_json(buffer.n_read, buffer.n_too_large)}
         if buffer.skipped:
-            info["skipped_units"] = list(buffer.skipped.values())
             progress.say(
                 f"{len(buffer.skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`."
             )
+        info = _provenance(config, task, run)
         save_sae(out, trainer.trained(), info)
     return info
 
@@ -188,15 +186,18 @@ def _cut_log(path: Path, step_number: int) -> None:
         write_bytes_atomic(path, "".join(kept).encode())
 
 
-def _provenance(config: TrainConfig, trainer: Trainer, cache: Cache, hook: str) -> dict[str, Any]:
-    identity, recipe = cache.manifest.identity, trainer.recipe
+def _provenance(config: TrainConfig, task: Task, run: Run) -> dict[str, Any]:
+    """What stands in sae.json: where the SAE comes from, how it was trained, and on which rows."""
+    identity, recipe, buffer = task.cache.manifest.identity, task.recipe, run.buffer
     training = {**recipe.as_json(), "buffer_tokens": config.buffer_tokens, "tokens": recipe.steps * recipe.batch_size}
-    return {
-        "hook_point": hook,
+    info = {
+        "hook_point": task.hook,
         "model": identity["model"],
         "tokenizer": identity["tokenizer"],
         "method": identity["method"],
         "corpus": identity["corpus"],
         "cache_fingerprint": fingerprint(identity),
-        "training": {**training, "activation_scale": trainer.scale},
+        "training": {**training, "activation_scale": run.trainer.scale},
+        "tokens": {"of": config.tokens_of, **task.selection.as_json(buffer.n_read, buffer.n_too_large)},
     }
+    return {**info, "skipped_units": list(buffer.skipped.values())} if buffer.skipped else info
