@@ -159,10 +159,10 @@ def _run(run: Run, config: TrainConfig, dtype: str, out: Path, progress: Progres
             run.watch.add(trainer.step_number, figures.loss, numbers)
             last = trainer.step_number == trainer.n_steps
             save = interrupt.requested or (trainer.step_number % config.checkpoint_every == 0 and not last)
-            note = ""
-            if save or last:
+            log_line, note = last or trainer.step_number % config.log_every == 0, ""
+            if save or log_line:
                 run.watch.look()
-            if last or trainer.step_number % config.log_every == 0:
+            if log_line:
                 line = trainer.figures(x, figures)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
