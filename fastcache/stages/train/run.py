@@ -101,13 +101,11 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
         for name in (METRICS_FILE, EVENTS_FILE):
             _cut_log(out / name, trainer.step_number)
         _run(run, config, cache.manifest.dtype, out, progress)
-        info = _provenance(config, trainer, cache, hook)
-        info["tokens"] = {"of": config.tokens_of, **selection.as_json(buffer.n_read, buffer.n_too_large)}
         if buffer.skipped:
-            info["skipped_units"] = list(buffer.skipped.values())
             progress.say(
                 f"{len(buffer.skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`."
             )
+        info = _provenance(config, task, run)
         save_sae(out, trainer.trained(), info)
     return info
 
@@ -163,10 +161,10 @@ def _run(run: Run, config: TrainConfig, dtype: str, out: Path, progress: Progres
             run.watch.add(trainer.step_number, figures.loss, numbers)
             last = trainer.step_number == trainer.n_steps
             save = interrupt.requested or (trainer.step_number % config.checkpoint_every == 0 and not last)
-            note = ""
-            if save or last:
+            log_line, note = last or trainer.step_number % config.log_every == 0, ""
+            if save or log_line:
                 run.watch.look()
-            if last or trainer.step_number % config.log_every == 0:
+            if log_line:
                 line = trainer.figures(x, figures)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -190,15 +188,18 @@ def _cut_log(path: Path, step_number: int) -> None:
         write_bytes_atomic(path, "".join(kept).encode())
 
 
-def _provenance(config: TrainConfig, trainer: Trainer, cache: Cache, hook: str) -> dict[str, Any]:
-    identity, recipe = cache.manifest.identity, trainer.recipe
+def _provenance(config: TrainConfig, task: Task, run: Run) -> dict[str, Any]:
+    """What stands in sae.json: where the SAE comes from, how it was trained, and on which rows."""
+    identity, recipe, buffer = task.cache.manifest.identity, task.recipe, run.buffer
     training = {**recipe.as_json(), "buffer_tokens": config.buffer_tokens, "tokens": recipe.steps * recipe.batch_size}
-    return {
-        "hook_point": hook,
+    info = {
+        "hook_point": task.hook,
         "model": identity["model"],
         "tokenizer": identity["tokenizer"],
         "method": identity["method"],
         "corpus": identity["corpus"],
         "cache_fingerprint": fingerprint(identity),
-        "training": {**training, "activation_scale": trainer.scale},
+        "training": {**training, "activation_scale": run.trainer.scale},
+        "tokens": {"of": config.tokens_of, **task.selection.as_json(buffer.n_read, buffer.n_too_large)},
     }
+    return {**info, "skipped_units": list(buffer.skipped.values())} if buffer.skipped else info
