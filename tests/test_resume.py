@@ -136,7 +136,7 @@ def test_many_kills_give_the_same_sae(small_cache, tmp_path, arch, recipe):
     if recipe == "fast-paper" and arch not in ("standard", "jumprelu"):
         pytest.skip("not an architecture of the paper")
     arguments = [
-        "train", "--cache", small_cache, *TRAIN, "--arch", arch, "--recipe", recipe, "--tokens", "160_000",
+        "train", "--cache", small_cache, *TRAIN, "--arch", arch, "--recipe", recipe, "--tokens", "24_000",
     ]  # fmt: skip
     subprocess.run(command(*arguments, "--out", tmp_path / "whole"), check=True, capture_output=True)
     assert kill_and_resume(arguments, tmp_path / "killed", 8, seed=2) >= 5

@@ -135,9 +135,9 @@ def show_sae(console: Console, path: Path) -> None:
     if run["command"] != "train":
         console.print(Text(f"Unfinished output of `fastcache {run['command']}`: run that command again.\n{path}"))
         return
-    settings = {
-        key: value for key, value in run["settings"].items() if value is not None and key != "cache_fingerprint"
-    }
+    given = {**run["settings"], **run["settings"].get("resolved", {})}
+    hidden = ("cache_fingerprint", "resolved")
+    settings = {key: value for key, value in given.items() if value not in (None, []) and key not in hidden}
     finished = (path / "sae.json").exists()
     rows = [("state", "trained" if finished else "not finished: run its train command again")]
     if finished:

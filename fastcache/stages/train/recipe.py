@@ -70,12 +70,13 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready, without what the architecture doesn't have."""
-        left_out = set() if self.arch == "jumprelu" else {"theta", "theta_lr", "threshold", "bandwidth"}
-        return {
+        left_out = {"name"} if self.arch == "jumprelu" else {"name", "theta", "theta_lr", "threshold", "bandwidth"}
+        values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
             if name not in left_out and value not in (None, ())
         }
+        return {"recipe": self.name, **values}
 
 
 def resolve(config: TrainConfig, d_in: int, n_rows: int) -> Recipe:
