@@ -4,6 +4,7 @@ The line of a damaged part stays in the log until the new part is in its place. 
 goes on: what is mended then verifies, what is not is found again.
 """
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,10 +130,9 @@ def _recompute(writer: CacheWriter, job: Job, todo: set[int], progress: Progress
     if not todo:
         return False
     progress.say(f"Computing {len(todo)} of {len(writer.committed) + len(todo)} parts again ...")
-    backend = job.use.plan().open()
     made = set()
     tokens = sum(record.n_tokens for record in writer.logged.values() if record.index in todo)
-    with progress.task("repair", tokens, "tokens") as task:
+    with closing(job.use.plan().open()) as backend, progress.task("repair", tokens, "tokens") as task:
         for unit in job.units():
             made.add(unit.index)
             if unit.index in todo:
