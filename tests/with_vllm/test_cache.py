@@ -67,7 +67,8 @@ from conftest import run_extract
 
 if __name__ == "__main__":
     model, corpus, out = map(Path, sys.argv[2:5])
-    run_extract(model, corpus, out, layer=(0, 2), unit_tokens=1000, pack_tokens=256, backend="vllm", workers=int(sys.argv[5]))
+    settings = {"layer": (0, 2), "unit_tokens": 1000, "pack_tokens": 256, "backend": "vllm", "parity": 0}
+    run_extract(model, corpus, out, **settings, workers=int(sys.argv[5]))
 """
 
 
