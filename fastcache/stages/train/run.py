@@ -52,7 +52,7 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
     n_steps = (min(cache.n_tokens, PAPER_TOKENS) if config.tokens is None else config.tokens) // config.batch_size
     if n_steps < 1:
         raise InputError(f"--tokens {config.tokens} is less than one batch of {config.batch_size}.")
-    settings = {**as_dict(config), "cache_fingerprint": fingerprint(cache.manifest.identity)}
+    settings = {**as_dict(config), "cache_fingerprint": _fingerprint(cache, hook)}
     parameters = 2 * config.expansion * cache.d_in**2
     require_space(out, 4 * parameters * 10, "An SAE of this size with its checkpoints")
     with output_directory(out, "train", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
@@ -126,6 +126,11 @@ def _cut_log(out: Path, step_number: int) -> None:
     write_bytes_atomic(path, "".join(kept).encode())
 
 
+def _fingerprint(cache: Cache, hook: str) -> str:
+    """What tells the rows trained on from others; layers that the cache gets later don't change it."""
+    return fingerprint({**cache.manifest.identity, "hook_points": [hook]})
+
+
 def _provenance(config: TrainConfig, cache: Cache, hook: str, n_steps: int) -> dict[str, Any]:
     identity = cache.manifest.identity
     return {
@@ -134,6 +139,6 @@ def _provenance(config: TrainConfig, cache: Cache, hook: str, n_steps: int) -> d
         "tokenizer": identity["tokenizer"],
         "method": identity["method"],
         "corpus": identity["corpus"],
-        "cache_fingerprint": fingerprint(identity),
+        "cache_fingerprint": _fingerprint(cache, hook),
         "training": {**config.identity(), "steps": n_steps, "tokens": n_steps * config.batch_size},
     }
