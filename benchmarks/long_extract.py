@@ -20,7 +20,7 @@ from pathlib import Path
 from bench_memory import make_corpus, make_model
 
 COMMAND = "from fastcache.pipeline.cli import main; main()"
-TOKENS_PER_DIALOGUE = 300
+TOKENS_PER_DIALOGUE = 500
 """A little less than a dialogue of `make_corpus` has."""
 
 

@@ -70,6 +70,17 @@ def test_a_cache_in_a_bucket_is_the_local_one_to_the_byte(bucket, local, tiny_qw
     assert objects(f"{bucket}/caches/one") == tree_bytes(local)
 
 
+def test_a_layer_is_added_to_a_cache_in_a_bucket(bucket, tiny_qwen, chat_corpus, tmp_path):
+    from fastcache.progress import Silent
+    from fastcache.stages.extract.add_layer import add_layers
+    from fastcache.stages.extract.config import AddLayerConfig
+
+    run_extract(tiny_qwen, chat_corpus, f"{bucket}/cache")
+    add_layers(f"{bucket}/cache", AddLayerConfig((3,)), Silent())
+    run_extract(tiny_qwen, chat_corpus, tmp_path / "cache", layer=(1, 3))
+    assert objects(f"{bucket}/cache") == tree_bytes(tmp_path / "cache")
+
+
 def test_values_read_from_a_bucket_are_the_local_ones(bucket, local, tiny_qwen, chat_corpus):
     remote = run_extract(tiny_qwen, chat_corpus, f"{bucket}/cache")
     cache = fastcache.open_cache(local)

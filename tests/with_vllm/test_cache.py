@@ -85,9 +85,12 @@ def wait_for_a_part(process, out):
     assert process.poll() is None
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def descendants(pid: int) -> list[int]:
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
+    return [one for child in children(pid) for one in (child, *descendants(child))]
 
 
 def is_running(pid: int) -> bool:
@@ -118,10 +121,12 @@ def test_an_engine_that_is_killed_costs_its_worker_a_new_start_and_nothing_else(
 ):
     process = begin(tmp_path, model, chat_corpus, 2)
     wait_for_a_part(process, tmp_path / "cache")
-    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in descendants(process.pid)}
-    workers = [pid for pid in descendants(process.pid) if pid in names and "VLLM" not in names[pid]]
-    engines = [pid for worker in workers for pid in descendants(worker) if names.get(pid) == victim]
-    os.kill(engines[-1], signal.SIGKILL)
+    states = json.loads((tmp_path / "cache/status.json").read_text())["workers"]
+    busy = next(int(number) for number, state in states.items() if state.startswith("unit"))  # not one that starts yet
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process.pid)}
+    worker = sorted(pid for pid, command in commands.items() if b"spawn_main" in command)[busy]
+    engine = next(pid for pid in descendants(worker) if Path(f"/proc/{pid}/comm").read_text().strip() == victim)
+    os.kill(engine, signal.SIGKILL)
     assert process.wait() == 0
     cache = fastcache.open_cache(tmp_path / "cache")
     assert cache.manifest.failed == {}

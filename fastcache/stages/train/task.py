@@ -48,6 +48,11 @@ class Task:
     selection: Selection
     recipe: Recipe
 
+    @property
+    def cache_fingerprint(self) -> str:
+        """What tells the rows trained on from others; layers that the cache gets later don't change it."""
+        return fingerprint({**self.cache.manifest.identity, "hook_points": [self.hook]})
+
     def buffer(self) -> MixingBuffer:
         """The stream of its batches, from the beginning."""
         config = self.config
@@ -74,11 +79,11 @@ class Task:
     @contextmanager
     def output(self, out: Path, fresh: bool) -> Iterator[None]:
         """Hold `out` as the output of this run; see `output_directory` for what is refused."""
-        recipe, identity = self.recipe, self.cache.manifest.identity
+        recipe = self.recipe
         settings = {
             **as_dict(self.config),
             "resolved": recipe.as_json(),
-            "cache_fingerprint": fingerprint(identity),
+            "cache_fingerprint": self.cache_fingerprint,
         }
         parameters = 2 * recipe.d_sae * recipe.d_in
         copies = 4 + 3 * self.config.keep_checkpoints
@@ -97,7 +102,7 @@ class Task:
             "tokenizer": identity["tokenizer"],
             "method": identity["method"],
             "corpus": identity["corpus"],
-            "cache_fingerprint": fingerprint(identity),
+            "cache_fingerprint": self.cache_fingerprint,
             "training": {**recipe.as_json(), **stream, "tokens": n_tokens, "activation_scale": scale},
         }
 
