@@ -126,7 +126,8 @@ class VllmBackend:
         self._arena.written[slot] = 0
         marks = {SLOT: slot, ROW: row}
         parameters = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=marks)
-        self._engine.add_request(flight.request_id, {"prompt_token_ids": token_ids.tolist()}, parameters)
+        with self._alive():
+            self._engine.add_request(flight.request_id, {"prompt_token_ids": token_ids.tolist()}, parameters)
         return flight
 
     def _wait_for(self, flight: _Flight) -> None:
@@ -149,10 +150,16 @@ class VllmBackend:
         return {hook: rows[place].to(torch.float32, copy=True).numpy() for place, hook in enumerate(self.hook_points)}
 
     def _step(self) -> None:
+        with self._alive():
+            self._engine.step()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Tells the engine's end from other errors, at whatever call it is noticed."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            self._engine.step()
+            yield
         except EngineDeadError as error:
             self._is_lost = True
             raise LostBackendError(
