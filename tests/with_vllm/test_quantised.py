@@ -1,4 +1,7 @@
-"""A model of 4-bit weights, as GPTQ stores them: vLLM runs it, and the cache says what it was."""
+"""A model of 8-bit weights and activations, as compressed-tensors stores it: vLLM runs it, and the cache says what it was.
+
+That kind because vLLM has kernels for it on every x86 CPU; those for 4-bit weights want AVX-512.
+"""
 
 import json
 
@@ -14,29 +17,27 @@ from transformers import AutoModelForCausalLM
 
 from with_vllm.models import make_model
 
-GROUP = 64
 HOOK = "resid_post.2"
+EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+SETTINGS = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**EIGHT_BITS, "strategy": "channel", "dynamic": False},
+            "input_activations": {**EIGHT_BITS, "strategy": "token", "dynamic": True},
+        }
+    },
+}
 
 
-def quantise(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """GPTQ's tensors for a weight `[out, in]`, rounded to the nearest of 16 values by group, and the rounded weight."""
-    n_out, n_in = weight.shape
-    groups = weight.T.reshape(n_in // GROUP, GROUP, n_out)
-    scales = (groups.abs().amax(1) / 7).to(torch.float16)
-    steps = (groups / scales[:, None].float()).round().clamp(-8, 7)
-    codes = (steps + 8).to(torch.int64).reshape(n_in // 8, 8, n_out)
-    shifts = 4 * torch.arange(8)
-    packed = (codes << shifts[None, :, None]).sum(1)
-    zeros = (torch.full((n_in // GROUP, n_out // 8, 8), 7) << shifts).sum(-1)  # GPTQ stores the zero point less one
-    tensors = {
-        "qweight": _as_int32(packed), "qzeros": _as_int32(zeros), "scales": scales,
-        "g_idx": torch.arange(n_in, dtype=torch.int32) // GROUP,
-    }  # fmt: skip
-    return tensors, (steps * scales[:, None].float()).reshape(n_in, n_out).T.contiguous()
-
-
-def _as_int32(values: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values.numpy().astype(np.uint32).view(np.int32))
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 values of a weight `[out, in]` and the scale `[out, 1]` of each row."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +48,28 @@ def models(tmp_path_factory):
     weights = load_file(rounded / "model.safetensors")
     stored = {}
     for name, weight in weights.items():
+        stored[name] = weight
         if name.endswith("proj.weight"):
-            tensors, weights[name] = quantise(weight)
-            stored |= {f"{name.removesuffix('weight')}{kind}": tensor for kind, tensor in tensors.items()}
-        else:
-            stored[name] = weight.to(torch.float16)
+            stored[name], scale = quantise(weight)
+            stored[f"{name}_scale"] = scale
+            weights[name] = stored[name].float() * scale
     save_file(weights, rounded / "model.safetensors", {"format": "pt"})
     save_file(stored, quantised / "model.safetensors", {"format": "pt"})
     config = json.loads((quantised / "config.json").read_text())
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
-    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": SETTINGS}))
     return quantised, rounded
 
 
 def test_a_quantised_model_gives_what_its_rounded_weights_give(models, chat_corpus, tmp_path):
     quantised, rounded = models
     cache = run_extract(
-        quantised, chat_corpus, tmp_path / "cache", layer=(2,), backend="auto", model_dtype="bfloat16", pack_tokens=256
+        quantised, chat_corpus, tmp_path / "cache", layer=(2,), backend="auto", model_dtype="float32", pack_tokens=256
     )
     identity = cache.manifest.identity
     assert identity["backend"] == "vllm"
-    assert identity["model"]["quantisation"] == {"quant_method": "gptq", "bits": 4, "group_size": GROUP}
+    assert identity["model"]["quantisation"] == {
+        "quant_method": "compressed-tensors", "format": "int-quantized",
+    }  # fmt: skip
     assert cache.manifest.parity == {}
     plain = AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.float32).eval()
     for instance in list(cache.instances())[:5]:
@@ -75,4 +77,5 @@ def test_a_quantised_model_gives_what_its_rounded_weights_give(models, chat_corp
             ids = torch.from_numpy(instance.token_ids.astype(np.int64))[None]
             expected = plain(ids, output_hidden_states=True).hidden_states[3][0].numpy()
         found = instance.residuals(HOOK)
-        assert np.linalg.norm(found - expected) <= 5e-2 * np.linalg.norm(expected)
+        # Kernels of CPUs without VNNI add products in 16 bits, which saturate: 0.1 to 0.2. A lost bias would be 0.6.
+        assert np.linalg.norm(found - expected) <= 0.3 * np.linalg.norm(expected)
