@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,16 @@ def require_fields(value: dict[str, Any], fields: Mapping[str, type], path: Path
             )
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a log; a torn last line is left out, none is an empty list. Raises `FormatError`."""
+def read_json_lines(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of a log; a torn last line is left out, none is an empty list. Raises `FormatError`.
+
+    With `at_most`, so many of a longer log (2 or more): evenly spread, the first and the last among them.
+    """
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    values = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+    chosen: Sequence[int] = range(len(lines))
+    if at_most is not None and len(lines) > at_most:
+        chosen = [number * (len(lines) - 1) // (at_most - 1) for number in range(at_most)]
+    values = [parse_json(lines[number], f"{path} line {number + 1}") for number in chosen]
     if not all(isinstance(value, dict) for value in values):
         raise FormatError(f"{path} should hold a JSON object on each line. The file is damaged.")
     return values

@@ -21,7 +21,7 @@ COMMANDS = {
     "sweep": "Train many in one pass over a cache.",
     "evaluate": "Measure SAEs on a held-out cache, by kind of token.",
     "export": "Write an SAE as SAELens loads it.",
-    "report": "One HTML page with the tables and plots of evaluated runs.",
+    "report": "One HTML page with the tables and plots of runs, finished or in training.",
     "verify": "Check every byte, index and count of a cache.",
     "repair": "Compute the damaged parts of a cache again.",
     "inspect": "Show what is in a corpus, a cache or a trained SAE.",

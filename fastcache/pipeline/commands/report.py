@@ -6,14 +6,18 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.report.config import ReportConfig
 
-HELP = """Write one self-contained HTML page with the tables and plots of evaluated SAEs.
+HELP = """Write one self-contained HTML page about SAEs: held-out figures of those evaluated, training curves of all.
+
+--sae also takes runs that are still in training, and a whole sweep. With --watch the page follows them.
 
 \b
 Examples:
   fastcache report --sae A --sae B --html report.html
+  fastcache report --sae SWEEP --watch 30
   fastcache report --sae A --cache CACHE --corpus CORPUS
 """
 
@@ -23,7 +27,12 @@ Examples:
 def command(**given: Any) -> None:
     """Run the report stage."""
     config = resolve(ReportConfig, given)
-    from fastcache.stages.report.run import write_report
+    from fastcache.stages.report.run import watch_report, write_report
 
-    write_report(config)
-    Console().print(f"Report: {Path(config.html).resolve()}", markup=False, highlight=False, soft_wrap=True)
+    progress, html = RichProgress(Console()), Path(config.html).resolve()
+    if config.watch is None:
+        write_report(config)
+    else:
+        progress.say(f"Watching: {html.as_uri()}, until all runs are done")
+        watch_report(config, config.watch)
+    progress.say(f"Report: {html}")

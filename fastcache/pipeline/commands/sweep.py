@@ -69,6 +69,7 @@ def command(
     first = next(iter(config.members.values()))
     place = out or RUNS / f"sweep-{slug(Path(first.cache).resolve().name)}"
     progress.say(f"Sweep: {place}")
+    progress.say(f"Watch: fastcache report --sae {shlex.quote(str(place))} --watch 30")
     result = sweep(config, place, progress, fresh)
     states = [member["state"] for member in result["members"].values()]
     progress.say(f"{states.count('trained')} of {len(states)} SAEs are trained.")

@@ -49,6 +49,7 @@ def command(out: Path | None, fresh: bool, dry_run: bool, **given: Any) -> None:
     layer = "" if config.layer is None else f"-layer-{config.layer}"
     place = out or RUNS / f"sae-{slug(Path(config.cache).resolve().name)}-{config.arch}{layer}"
     progress.say(f"SAE: {place}")
+    progress.say(f"Watch: fastcache report --sae {shlex.quote(str(place))} --watch 30")
     train(config, place, progress, fresh)
     show_sae(console, place)
     progress.say(f"Next: fastcache evaluate --sae {shlex.quote(str(place))} --cache HELD_OUT_CACHE")

@@ -9,9 +9,16 @@ from fastcache.config import option
 class ReportConfig:
     """What the page shows."""
 
-    sae: tuple[str, ...] = option(help="Folder of an evaluated SAE. Repeatable.")
+    sae: tuple[str, ...] = option(
+        help="Output of `train`, or of `sweep` for all of its SAEs; finished or not. Repeatable."
+    )
     cache: tuple[str, ...] = option((), help="Cache to describe. Repeatable.")
     corpus: tuple[str, ...] = option((), help="Corpus to describe. Repeatable.")
     title: str = option("fastcache report", help="Title of the page.")
     note: str = option("", help="A paragraph to stand under the title.")
     html: str = option("report.html", help="File to write.")
+    watch: float | None = option(
+        None,
+        help="Write the page anew every so many seconds, and let it reload itself, until all runs are done.",
+        at_least=1,
+    )

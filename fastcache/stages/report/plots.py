@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from math import nan
 
 import matplotlib as mpl
 
@@ -13,22 +13,29 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
+from fastcache.stages.report.runs import Evaluation, Run
 
 METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
 OTHER_COLOUR = "#868e96"
 MARKERS = {"standard": "o", "jumprelu": "^"}
 INK = "#010203"  # replaced by the page's text colour
 
-Evaluation = dict[str, Any]
-Lines = list[dict[str, float]]
+COLOURS = ("#d9480f", "#1c7ed6", "#5c940d", "#ae3ec9", "#e0a100", "#0ca678", "#868e96", "#e64980")
+CURVE_TITLES = {"loss": "loss", "fvu": "FVU of the batch", "l0": "L0", "dead_latents": "dead latents, share"}
+MOST_ROWS = 8
+MOST_SPIKES = 20
+"""Of a run, in its plot; the largest."""
 
 
 @contextmanager
 def _style() -> Iterator[None]:
     settings = {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # a name may hold a dollar
         "svg.hashsalt": "fastcache",
         "font.family": "sans-serif",
         "font.size": 9,
@@ -75,6 +82,7 @@ def _plain_ticks(axis: Axis) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    labels, handles = zip(*dict(zip(labels, handles, strict=True)).items(), strict=True)  # each label once
     above = 1 + 0.3 / figure.get_figheight()  # inches, so that it clears the titles whatever the number of rows
     figure.legend(handles, labels, loc="upper center", ncols=max(1, len(labels)), bbox_to_anchor=(0.5, above))
 
@@ -137,27 +145,66 @@ def error_against_l0(evaluations: list[Evaluation]) -> str:
         return _svg(figure)
 
 
-def training_curves(runs: list[tuple[Evaluation, Lines]]) -> str:
-    """FVU of the training batches, a panel for each architecture and layer."""
+def run_colours(runs: list[Run]) -> list[str]:
+    """A colour for each run; those of a panel differ."""
+    return [colour for panel in _run_panels(runs).values() for colour in _colours(len(panel))]
+
+
+def _colours(n: int) -> tuple[str, ...]:
+    if n <= len(COLOURS):
+        return COLOURS[:n]
+    return tuple(to_hex(hsv_to_rgb((0.85 * i / n, 0.75, 0.82))) for i in range(n))  # from red to magenta
+
+
+def _run_panels(runs: list[Run]) -> dict[str, list[int]]:
+    """Numbers of the runs of one architecture and place; all together where that would be too many panels."""
+    panels: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        panels.setdefault(f"{run.arch}, {run.place}", []).append(number)
+    return panels if len(panels) <= MOST_ROWS else {f"{len(runs)} SAEs": list(range(len(runs)))}
+
+
+def training_curves(runs: list[Run]) -> str:
+    """Curves of the training batches: a row for each architecture and place, a column for each figure, spikes crossed."""
+    colours = run_colours(runs)
+    panels = {title: [n for n in numbers if runs[n].lines] for title, numbers in _run_panels(runs).items()}
+    panels = {title: numbers for title, numbers in panels.items() if numbers}
     with _style():
-        panels = _panels([evaluation for evaluation, _ in runs])
-        figure, axes = _grid(len(panels))
-        for ax, panel in zip(axes, panels, strict=False):
-            for evaluation, lines in runs:
-                if (evaluation["architecture"], evaluation["hook_point"]) != panel:
-                    continue
-                tokens = [line["step"] * evaluation["training"]["batch_size"] for line in lines]
-                method = evaluation["trained_on"]
-                colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
-                ax.plot(
-                    tokens, [line["fvu"] or float("nan") for line in lines], color=colour, label=method, linewidth=1.4
-                )
-            ax.set_title(", ".join(panel))
-            ax.set_yscale("log")
-            _plain_ticks(ax.yaxis)
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure, rows = plt.subplots(
+            len(panels), len(CURVE_TITLES), figsize=(3.1 * len(CURVE_TITLES), 2.3 * len(panels) + 0.3), squeeze=False
+        )
+        for axes, (title, numbers) in zip(rows, panels.items(), strict=True):
+            width = 1.4 if len(numbers) <= len(COLOURS) else 0.7
+            for ax, (name, label) in zip(axes, CURVE_TITLES.items(), strict=True):
+                for number in numbers:
+                    _curve(ax, name, runs[number], colours[number], width, f"{name}-r{number}")
+                if name != "dead_latents":
+                    ax.set_yscale("log")
+                    _plain_ticks(ax.yaxis)
+                ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+                ax.set_title(label)
+            axes[0].set_ylabel(title)
+        for ax in rows[-1]:
             ax.set_xlabel("training tokens")
-            ax.set_ylabel("FVU of the batch")
-        _legend(figure, axes[0])
         figure.tight_layout()
-        return _svg(figure)
+        return _rounded(_svg(figure))
+
+
+def _curve(ax: Axes, name: str, run: Run, colour: str, width: float, gid: str) -> None:
+    scale = 1 / run.settings["d_sae"] if name == "dead_latents" and run.settings.get("d_sae") else 1
+    # None, and 0 on a logarithmic axis, are gaps.
+    values = [
+        line[name] * scale if line[name] or (line[name] == 0 and name == "dead_latents") else nan for line in run.lines
+    ]
+    ax.plot([line["step"] * run.batch_size for line in run.lines], values, color=colour, linewidth=width, gid=gid)
+    if name == "loss" and run.spikes:
+        shown = sorted(run.spikes, key=lambda spike: -spike["loss"])[:MOST_SPIKES]
+        ax.scatter(
+            [spike["step"] * run.batch_size for spike in shown], [spike["loss"] for spike in shown], s=22, color=colour,
+            marker="x", linewidth=1, gid=f"spikes-r{gid.rpartition('-r')[2]}",
+        )  # fmt: skip
+
+
+def _rounded(svg: str) -> str:
+    """With hundredths of a point in paths: curves take half the bytes."""
+    return re.sub(r' d="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)

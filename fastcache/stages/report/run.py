@@ -1,5 +1,7 @@
 """The report stage: collects what runs left behind and fills the page's template."""
 
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,13 @@ from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
 from fastcache.extras import require_packages
-from fastcache.files import read_json, read_json_lines, require_fields, write_bytes_atomic
+from fastcache.files import write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
+from fastcache.stages.report.runs import Run, read_runs
+
+MOST_SPIKES = 20
+"""Of all runs, in the table."""
+Speeds = dict[Path, float]
 
 
 def require_report_packages() -> None:
@@ -19,14 +26,40 @@ def require_report_packages() -> None:
 
 
 def write_report(config: ReportConfig) -> None:
-    """Write the page; raises `InputError` for a folder that holds no evaluation."""
+    """Write the page; raises `InputError` for a folder that holds no SAE, finished or not."""
     require_report_packages()
+    _write_page(config, read_runs(config.sae))
+
+
+def watch_report(config: ReportConfig, seconds: float) -> None:
+    """Write the page anew every so many seconds until all runs are done; raises what `write_report` raises."""
+    require_report_packages()
+    before: dict[Path, Run] = {}
+    speeds: Speeds = {}
+    while True:
+        runs = read_runs(config.sae)
+        for run in runs:
+            earlier = before.setdefault(run.folder, run)
+            if run.last_written > earlier.last_written and run.step > earlier.step:
+                tokens = (run.step - earlier.step) * run.batch_size
+                speeds[run.folder] = tokens / (run.last_written - earlier.last_written)
+                before[run.folder] = run
+        done = all(run.is_done for run in runs)
+        _write_page(config, runs, None if done else seconds, speeds)
+        if done:
+            return
+        time.sleep(seconds)
+
+
+def _write_page(
+    config: ReportConfig, runs: list[Run], reloads: float | None = None, speeds: Speeds | None = None
+) -> None:
+    """`reloads`: seconds until the page loads itself again; `speeds`: tokens a second, by folder."""
     import jinja2
 
     from fastcache.stages.report import plots
 
-    runs = [_run(Path(folder)) for folder in config.sae]
-    evaluations = [evaluation for evaluation, _ in runs]
+    evaluations = [run.evaluation for run in runs if run.evaluation]
     if len({(e["held_out"]["fingerprint"], e["held_out"]["dialogues"]) for e in evaluations}) > 1:
         raise InputError("These SAEs were evaluated on different held-out dialogues; evaluate them together first.")
     environment = jinja2.Environment(
@@ -37,30 +70,36 @@ def write_report(config: ReportConfig) -> None:
         note=config.note,
         version=__version__,
         split_titles=SPLIT_TITLES,
-        evaluations=evaluations,
+        evaluations=[{**run.evaluation, "name": run.name} for run in runs if run.evaluation],
+        named=len({(e["hook_point"], e["architecture"], e["trained_on"]) for e in evaluations}) < len(evaluations),
+        runs=runs,
+        colours=plots.run_colours(runs),
+        states=Counter(run.state for run in runs),
+        done=all(run.is_done for run in runs),
+        reloads=reloads,
+        speeds=speeds or {},
+        now=time.time(),
+        clock=lambda seconds: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)),
+        spikes=_largest_spikes(runs),
         caches=[_cache(Path(path)) for path in config.cache],
         corpora=[(path, Corpus(Path(path)).info) for path in config.corpus],
-        settings=_settings(evaluations),
+        settings=_settings(runs),
+        curves=plots.training_curves(runs) if any(run.lines for run in runs) else None,
         plots=[
             ("Error by kind of token", "mse", plots.error_by_tokens(evaluations, SPLIT_TITLES)),
             ("Error against sparsity", "l0", plots.error_against_l0(evaluations)),
-            ("Training", "curves", plots.training_curves(runs)),
-        ],
+        ]
+        if evaluations
+        else [],
     )
     path = Path(config.html)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(path, page.encode())
 
 
-def _run(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    if not (folder / "evaluation.json").is_file():
-        raise InputError(
-            f"{folder} has no evaluation.json: run `fastcache evaluate --sae {folder} --cache HELD_OUT_CACHE`."
-        )
-    metrics = folder / "metrics.jsonl"
-    evaluation = read_json(folder / "evaluation.json")
-    require_fields(evaluation, {"splits": dict, "training": dict, "held_out": dict}, folder / "evaluation.json")
-    return evaluation, read_json_lines(metrics)
+def _largest_spikes(runs: list[Run]) -> list[tuple[Run, dict[str, Any]]]:
+    spikes = [(run, spike) for run in runs for spike in run.spikes]
+    return sorted(spikes, key=lambda each: -each[1]["loss"] / max(each[1]["mean"], 1e-30))[:MOST_SPIKES]
 
 
 def _cache(path: Path) -> dict[str, Any]:
@@ -76,9 +115,10 @@ def _cache(path: Path) -> dict[str, Any]:
     }
 
 
-def _settings(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """Training settings: those that all runs share, and those in which they differ."""
-    names = sorted({name for evaluation in evaluations for name in evaluation["training"]})
-    values = {name: [evaluation["training"].get(name) for evaluation in evaluations] for name in names}
-    shared = {name: column[0] for name, column in values.items() if all(value == column[0] for value in column)}
-    return {"shared": shared, "differing": {name: column for name, column in values.items() if name not in shared}}
+def _settings(runs: list[Run]) -> dict[str, Any]:
+    """Training settings: those that all runs share, as far as they are known, and those in which they differ."""
+    names = sorted({name for run in runs for name in run.settings})
+    known = {name: [run.settings[name] for run in runs if name in run.settings] for name in names}
+    shared = {name: column[0] for name, column in known.items() if all(value == column[0] for value in column)}
+    differing = {name: [run.settings.get(name, "") for run in runs] for name in names if name not in shared}
+    return {"shared": shared, "differing": differing}

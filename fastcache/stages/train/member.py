@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastcache.files import read_json_lines, write_bytes_atomic
+from fastcache.errors import NonFiniteError
+from fastcache.files import read_json_lines, write_bytes_atomic, write_json_atomic
 from fastcache.sae.storage import save_sae
 from fastcache.stages.train.checkpoint import Run, save_checkpoint
 from fastcache.stages.train.order import Numbers
 from fastcache.stages.train.stream import MixingBuffer
-from fastcache.stages.train.task import METRICS_FILE, Task
+from fastcache.stages.train.task import FAILED_FILE, METRICS_FILE, Task
 from fastcache.stages.train.trainer import Trainer
 from fastcache.stages.train.watch import EVENTS_FILE, LossWatch
 
@@ -58,6 +59,10 @@ class Member:
         """Write the state of this moment; raises `NonFiniteError`."""
         self.run.watch.look()
         save_checkpoint(self.out, self.run, self.task.config.keep_checkpoints)
+
+    def failed(self, error: NonFiniteError) -> None:
+        """Leave a note of why it stopped."""
+        write_json_atomic(self.out / FAILED_FILE, {"step": self.trainer.step_number, "reason": str(error)})
 
     def _save(self) -> None:
         buffer = self.run.buffer

@@ -15,7 +15,7 @@ from fastcache.stages.train.config import TrainConfig
 from fastcache.stages.train.member import Member
 from fastcache.stages.train.recipe import FAST_PAPER, Recipe
 from fastcache.stages.train.selection import Selection
-from fastcache.stages.train.task import prepare_task, to_tensor
+from fastcache.stages.train.task import FAILED_FILE, prepare_task, to_tensor
 
 SHORT_RUN_STEPS = 20_000
 OnFailure = Callable[[Member, NonFiniteError], None]
@@ -33,10 +33,16 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
             return load_sae(out)[1]
         say_selection(task.selection, progress)
         _say_recipe(task.recipe, progress)
+        (out / FAILED_FILE).unlink(missing_ok=True)
         member = Member(task, out, task.buffer())
         begin([member], progress)
+
+        def failed(member: Member, error: NonFiniteError) -> None:
+            member.failed(error)
+            raise error
+
         with progress.task(f"train {config.arch}", task.recipe.steps * task.recipe.batch_size, "tokens") as shown:
-            train_together([member], shown)
+            train_together([member], shown, failed)
         if skipped := member.run.buffer.skipped:
             progress.say(f"{len(skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`.")
         return load_sae(out)[1]
@@ -71,10 +77,10 @@ def _load(members: Sequence[Member]) -> list[str] | None:
     return None
 
 
-def train_together(members: Sequence[Member], shown: Shown, on_failure: OnFailure | None = None) -> None:
+def train_together(members: Sequence[Member], shown: Shown, on_failure: OnFailure) -> None:
     """Give every batch of the stream that the members share to each, until all are trained.
 
-    A member that fails is told to `on_failure`, and the rest goes on; without it, the failure is raised.
+    A member that fails is told to `on_failure`, and unless that raises, the rest goes on.
     """
     task, buffer = members[0].task, members[0].run.buffer
     active = list(members)
@@ -84,8 +90,6 @@ def train_together(members: Sequence[Member], shown: Shown, on_failure: OnFailur
             try:
                 action(member)
             except NonFiniteError as error:
-                if on_failure is None:
-                    raise
                 on_failure(member, error)
                 active.remove(member)
 

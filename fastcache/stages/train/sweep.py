@@ -160,7 +160,7 @@ def _train_pass(tasks: Tasks, out: Path, progress: Progress, number: str) -> Non
         begin(members, progress)
 
         def failed(member: Member, error: NonFiniteError) -> None:
-            write_json_atomic(member.out / FAILED_FILE, {"step": member.trainer.step_number, "reason": str(error)})
+            member.failed(error)
             progress.say(f"{member.out.name} failed; the others go on. {error}")
 
         steps = max(member.trainer.n_steps for member in members)
