@@ -149,7 +149,8 @@ def test_modern_does_not_mind_units_or_offset():
         figures = trainer.step(x)
     lines.append(trainer.figures(x, figures))
     assert lines[0]["fvu"] == pytest.approx(lines[1]["fvu"], rel=1e-3)
-    assert trained(steps=300, target_l0=5.0, offset=3.0)[1]["fvu"] < 0.3
+    # It takes longer: the offset's power is part of the scale, so that what is to be told apart is smaller.
+    assert trained(steps=600, target_l0=5.0, offset=3.0)[1]["fvu"] < 0.3
 
 
 def test_dead_latents_come_back_with_the_auxiliary_loss():
@@ -174,7 +175,7 @@ def test_thresholds_stay_at_zero_or_more():
 
 
 def test_gradients_are_clipped():
-    recipe = recipe_of(24, n_rows=10**6, recipe="fast-paper", arch="standard", clip_norm=0.5)
+    recipe = recipe_of(24, n_rows=10**6, recipe="fast-paper", arch="standard", clip_norm=0.5, plain=True)
     trainer = Trainer(recipe, "cpu")
     trainer.initialise(clusters(1000, 24))
     trainer.step(100 * clusters(128, 24, 3))

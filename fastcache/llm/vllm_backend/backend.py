@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +91,7 @@ class VllmBackend:
         }
         with _visible(devices):
             self._engine = _start(settings, source)
+        _wake_at_its_end(self._engine.engine_core)
         n_rows = arena_rows(self.batch_tokens, max_length)
         self._arena = Arena(ArenaShape(len(layers), n_rows, SLOTS, config.hidden_size, DTYPES[dtype]))
         self._n_requests, self._is_lost = 0, False
@@ -248,6 +251,22 @@ def _start(settings: dict[str, Any], source: ModelSource) -> Any:
             f"vLLM can't run model {source.name!r} ({reason}). What it printed above may say more. "
             "--backend transformers runs more models."
         ) from error
+
+
+def _wake_at_its_end(client: Any) -> None:
+    """vLLM sees that a killed engine is gone, but leaves those who wait for its output waiting."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    if manager is None:  # the engine is in this process
+        return
+    sentinels = [process.sentinel for process in manager.processes]
+
+    def watch() -> None:
+        wait(sentinels)
+        client.outputs_queue.put(EngineDeadError())
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _require_capture(model_config: Any, source: ModelSource) -> None:
