@@ -100,7 +100,6 @@ def test_a_pack_gives_the_bits_of_plain_runs(family, tmp_path):
     found = list(backend.residuals(sequences))
     # Some CPUs want short sequences alone; the long ones share two packs everywhere.
     n_alone = sum(len(token_ids) < backend._shortest for token_ids in sequences)
-    assert n_alone <= 4
     assert len(n_runs) == len(list(packs(sequences, 512, backend._shortest))) <= 2 + 2 * n_alone
     for one, other in zip(found, plain_residuals(tmp_path, sequences), strict=True):
         for hook in HOOKS:
