@@ -102,10 +102,15 @@ def _clear(path: Path, owned: Collection[str]) -> None:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+def free_space(directory: Path) -> int:
+    """Free bytes of the disk that `directory` is on, or will be on."""
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_space(directory: Path, needed_bytes: int, what: str) -> None:
     """Raise `SpaceError` unless the disk that `directory` is on, or will be on, has room for `needed_bytes`."""
-    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(directory)
     if free < needed_bytes * 1.01:
         raise SpaceError(
             f"{what} needs about {needed_bytes / 1e9:.3g} GB, but the disk of {directory} has {free / 1e9:.3g} GB free. "

@@ -9,8 +9,6 @@ from fastcache.llm.backend import Backend
 from fastcache.llm.loading import ModelSource
 from fastcache.llm.self_test import SelfTest
 
-BACKENDS = ("auto", "transformers", "vllm")
-
 
 def choose_backend(wanted: str, device: str, tensor_parallel: int, quantised: bool) -> tuple[str, str]:
     """The backend's name, and why it is this one; raises `InputError` for what isn't installed or can't be."""

@@ -28,9 +28,15 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACK_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""Tokens of a pack by device: enough to keep the device busy, few enough to keep its memory small."""
+"""Tokens that go through the model together, by device: enough to keep it busy, few enough to keep its memory small."""
+OTHER_PACK_TOKENS = 4096
 CHECK_LENGTHS = (40, 1, 150, 3, 14, 4, 5, 15, 31, 63)
 """Sequences of the self-check. Few tokens are where products over other numbers of rows differ first."""
+
+
+def default_pack_tokens(device: str) -> int:
+    """Tokens that go through the model together on `device`, where the user doesn't say."""
+    return PACK_TOKENS.get(torch.device(device).type, OTHER_PACK_TOKENS)
 
 
 def shortest_packed() -> tuple[int, ...]:
@@ -96,7 +102,7 @@ class TransformersBackend:
         layers = decoder_layers(self._model, n_layers)
         for hook in self.hook_points:
             layers[layer_of(hook)].register_forward_hook(self._capture(hook))
-        self._pack_tokens = PACK_TOKENS.get(torch.device(device).type, 4096) if pack_tokens is None else pack_tokens
+        self._pack_tokens = default_pack_tokens(device) if pack_tokens is None else pack_tokens
         self._shortest = 1
         if self._pack_tokens > 1:
             self._use_packs()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from fastcache.config import option
 
 FREE_ON_RESUME = (
-    *("corpus", "device", "devices", "workers", "on_nonfinite", "parity", "pack_tokens", "backend", "tensor_parallel"),
-)
+    "corpus", "device", "devices", "workers", "on_nonfinite", "parity", "pack_tokens", "backend", "tensor_parallel",
+)  # fmt: skip
 """Settings that may differ on resume: corpus and backend are in the cache's identity by what they come to."""
 
 

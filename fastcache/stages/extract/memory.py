@@ -13,7 +13,7 @@ from fastcache.cache_format.schema import layer_of
 from fastcache.cache_format.writer import QUEUE_BYTES
 from fastcache.llm.loading import count_parameters
 from fastcache.llm.parity import spread
-from fastcache.llm.transformers_backend import DTYPES, PACK_TOKENS
+from fastcache.llm.transformers_backend import DTYPES, default_pack_tokens
 from fastcache.llm.vllm_backend.backend import arena_rows
 from fastcache.memory import process_bytes
 from fastcache.stages.extract.model_use import ModelUse
@@ -50,8 +50,7 @@ def queue_bytes(use: ModelUse, sample: list[Instance]) -> int:
 
 def pack_tokens(use: ModelUse, sample: list[Instance]) -> int:
     """Tokens that go through the model together, at most: a pack, or one sequence that is longer."""
-    default = PACK_TOKENS.get(use.device.partition(":")[0], 4096)
-    given = default if use.config.pack_tokens is None else use.config.pack_tokens
+    given = default_pack_tokens(use.device) if use.config.pack_tokens is None else use.config.pack_tokens
     return max(given, *(len(instance.token_ids) for instance in sample))
 
 

@@ -3,7 +3,6 @@
 What can't fit is refused before anything is written.
 """
 
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fastcache.errors import FastcacheError, SpaceError
 from fastcache.llm.backend import Backend, TokenIds
 from fastcache.memory import free_memory, process_bytes
 from fastcache.progress import Progress
+from fastcache.rundir import free_space
 from fastcache.stages.extract.job import Job
 from fastcache.stages.extract.memory import Needs, estimate_memory, pack_tokens
 from fastcache.stages.extract.model_use import ModelUse
@@ -69,12 +69,6 @@ def _committed_tokens(out: Path | str, expected: int) -> int:
     return 0
 
 
-def _room(folder: Path) -> int:
-    """Free bytes of the disk that `folder` is on, or will be on."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
-
-
 def _free_on(device: str) -> int:
     import torch
 
@@ -84,7 +78,7 @@ def _free_on(device: str) -> int:
 def announce(plan: Plan, use: ModelUse, out: Path | str, progress: Progress, force: bool) -> None:
     """Say what the run will take; raises `SpaceError` for what doesn't fit, unless `force` is given."""
     needs = plan.needs
-    room, free = _room(out) if isinstance(out, Path) else None, free_memory()
+    room, free = free_space(out) if isinstance(out, Path) else None, free_memory()
     figures = [
         f"{plan.new_tokens:,} tokens" + ("" if plan.new_tokens == plan.expected_tokens else " to go"),
         f"{gigabytes(plan.disk_bytes)} on disk" + _of(room),

@@ -38,8 +38,11 @@ class Plan:
 
     tasks: Tasks
     passes: list[list[str]]
-    memory: float
-    """Bytes that the largest pass takes."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the largest pass takes."""
+        return max(_bytes([self.tasks[name] for name in names]) for names in self.passes)
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -54,20 +57,18 @@ class Plan:
         return lines
 
 
-def plan_sweep(config: SweepConfig, kept: list[list[str]] | None = None) -> Plan:
-    """Check all members and put those together that share a stream and fit; `kept` are the passes of an earlier start.
+def plan_sweep(config: SweepConfig) -> Plan:
+    """Check all members and put those together that share a stream and fit.
 
     Raises `InputError` for settings that can't serve, `SpaceError` for a member that doesn't fit alone.
     """
     tasks = _prepare(config)
-    if kept is not None:
-        return Plan(tasks, kept, max(_bytes([tasks[name] for name in names]) for names in kept))
     limit = config.memory or (free_memory() or float("inf")) * SHARE_OF_FREE
     streams: dict[Any, list[str]] = {}
     for name, task in tasks.items():
         streams.setdefault(_stream_key(task), []).append(name)
     passes = [names for together in streams.values() for names in _fitting(together, tasks, limit)]
-    return Plan(tasks, passes, max(_bytes([tasks[name] for name in names]) for names in passes))
+    return Plan(tasks, passes)
 
 
 def _prepare(config: SweepConfig) -> Tasks:
@@ -91,7 +92,7 @@ def _stream_key(task: Task) -> Any:
     return (*rows, config.stream_seed, config.buffer_tokens, task.recipe.batch_size)
 
 
-def _bytes(tasks: Sequence[Task]) -> float:
+def _bytes(tasks: Sequence[Task]) -> int:
     return buffer_bytes(tasks[0]) + sum(member_bytes(task.recipe) for task in tasks)
 
 
@@ -118,11 +119,11 @@ def sweep(config: SweepConfig, out: Path, progress: Progress, fresh: bool = Fals
     """
     settings = {"members": {name: as_dict(member) for name, member in config.members.items()}}
     owned = (SWEEP_FILE, *config.members)
-    before = plan_sweep(config)  # what is wrong is told before anything is written
+    plan = plan_sweep(config)  # what is wrong is told before anything is written
     with output_directory(out, "sweep", settings, owned, fresh=fresh):
         path = out / SWEEP_FILE
-        kept = read_json(path)["passes"] if path.exists() else None
-        plan = plan_sweep(config, kept) if kept else before
+        if path.exists():  # those who were trained together go on together, whatever is free now
+            plan = Plan(plan.tasks, read_json(path)["passes"])
         _write(path, plan, out)
         for line in plan.lines():
             progress.say(line)
