@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import dataset
 
 from fastcache.errors import FormatError, InputError, IntegrityError
 from fastcache.files import read_json, require_fields
@@ -45,7 +46,12 @@ class CorpusRow:
 
 def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+        # Arrow's own memory pool keeps what it once had; the system's gives it back.
+        pool = pa.system_memory_pool()
+        rows = dataset.dataset(path, format="parquet").scanner(
+            batch_size=1024, batch_readahead=1, fragment_readahead=0, use_threads=False, memory_pool=pool
+        )
+        for batch in rows.to_batches():
             yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise IntegrityError(f"{path} can't be read ({error}). Prepare the corpus again.") from error

@@ -283,7 +283,7 @@ class Log:
         if parsed.bad and not salvage:
             raise parsed.bad[0]
         self.is_torn = parsed.is_torn
-        self._good = b"".join(line for line, _ in parsed.good)
+        self._good = bytearray().join(line for line, _ in parsed.good)  # grows in place; `bytes` would be copied
         self.records = sorted((record for _, record in parsed.good), key=lambda record: record.index)
         """By part."""
 
@@ -296,19 +296,19 @@ class Log:
 
     def replace(self, record: PartRecord) -> None:
         """After a repair: write the line of a part in the place of its old one, or if that is lost, by its index."""
-        lines = parse_log(self._good).good
+        lines = parse_log(bytes(self._good)).good
         indices = [one.index for _, one in lines]
         if record.index in indices:
             lines[indices.index(record.index)] = (_line(record), record)
         else:
             lines.insert(sum(index < record.index for index in indices), (_line(record), record))
-        self._good = b"".join(line for line, _ in lines)
+        self._good = bytearray().join(line for line, _ in lines)
         self.rewrite()
         self.records = sorted((one for _, one in lines), key=lambda one: one.index)
 
     def rewrite(self) -> None:
         """Put the good lines in the place of the file."""
-        self._storage.write(LOG_FILE, self._good)
+        self._storage.write(LOG_FILE, bytes(self._good))
 
 
 def _line(record: PartRecord) -> bytes:

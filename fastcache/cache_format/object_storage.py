@@ -78,7 +78,7 @@ class ObjectStorage:
         with self._errors(name):
             self._versions[name] = _obstore().put(self._store, name, data)["e_tag"]
 
-    def append(self, name: str, old: bytes, line: bytes) -> None:
+    def append(self, name: str, old: bytes | bytearray, line: bytes) -> None:
         """See `Storage`; the object is written anew if it still is the one that was read."""
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -86,7 +86,7 @@ class ObjectStorage:
         mode: Any = {"e_tag": version} if version else "create"
         with self._errors(name):
             try:
-                self._versions[name] = _obstore().put(self._store, name, old + line, mode=mode)["e_tag"]
+                self._versions[name] = _obstore().put(self._store, name, bytes(old) + line, mode=mode)["e_tag"]
             except (AlreadyExistsError, PreconditionError) as error:
                 raise BusyError(
                     f"{self._url}/{name} was changed by another writer. Nothing of its work was touched; wait for it."

@@ -46,7 +46,7 @@ class Storage(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Put `data` in the place of a file, which has the old bytes or the new ones at any moment."""
 
-    def append(self, name: str, old: bytes, line: bytes) -> None:
+    def append(self, name: str, old: bytes | bytearray, line: bytes) -> None:
         """Make the file `old + line`, durably; `old` is the good beginning of what was read.
 
         Raises `BusyError` where another writer is seen to have changed it meanwhile.
@@ -130,7 +130,7 @@ class LocalStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomic(path, data)
 
-    def append(self, name: str, old: bytes, line: bytes) -> None:
+    def append(self, name: str, old: bytes | bytearray, line: bytes) -> None:
         """See `Storage`; the caller holds the folder's lock, so nobody else writes."""
         path = self.root / name
         with path.open("r+b" if path.exists() else "w+b") as file:

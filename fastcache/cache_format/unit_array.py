@@ -1,5 +1,6 @@
 """An array of rows in units, uncompressed, in shard files, with a crc32c for every unit: written in order, read at random."""
 
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -37,7 +38,11 @@ class Files:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        self.entries[name] = [len(data), crc32c(data)]
+        self.note(name, len(data), crc32c(data))
+
+    def note(self, name: str, size: int, checksum: int) -> None:
+        """Enter a file. All parts have the same few names, and keep them as one string each."""
+        self.entries[sys.intern(name)] = [size, checksum]
 
     def small(self, name: str, values: npt.NDArray[Any]) -> None:
         """A small array, in one compressed chunk."""
@@ -68,7 +73,7 @@ class _Shard:
     def finish(self, n_slots: int, unit_bytes: int) -> None:
         self._write(index_bytes(self.n_units, n_slots, unit_bytes))
         self._file.close()
-        self._files.entries[self._name] = [self._size, self._crc]
+        self._files.note(self._name, self._size, self._crc)
 
     def close(self) -> None:
         self._file.close()

@@ -20,6 +20,8 @@ from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.staging import Chunk
 
 ROWS_PER_SHARD = 50_000
+ROWS_PER_GROUP = 1024
+"""Rows that are read from a shard together: what reading a corpus takes of memory."""
 
 
 def split_bounds(n_rows: int, config: PrepareConfig) -> dict[str, tuple[int, int]]:
@@ -75,7 +77,7 @@ def write_rows(
             table = pq.read_table(work / path.name, schema=SCHEMA).sort_by("row")
             for row in table.to_pylist():
                 digest.update(canonical_json(row).encode() + b"\n")
-            pq.write_table(table, path, compression="zstd")
+            pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_GROUP)
             (work / path.name).unlink()
             task.advance(1)
     return digest.hexdigest()
