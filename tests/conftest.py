@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
 # As the backend sets it: MKL asks once, at its first product, whichever test makes that.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Triton asks when it is first imported, by whichever package: GPU kernels are tested without a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastcache.assets import DEMO
 

@@ -164,10 +164,28 @@ def test_entries_that_dont_fit_leave_the_pre_activations_alone():
 
 def test_the_sparse_path_is_chosen_with_hysteresis():
     between = (ON + OFF) / 2
-    assert wins(ON / 2, used=False)
-    assert not wins(between, used=False)
-    assert wins(between, used=True)
-    assert not wins(OFF * 1.01, used=True)
+    assert wins(ON / 2, used=False, fast_products=False)
+    assert not wins(between, used=False, fast_products=False)
+    assert wins(between, used=True, fast_products=False)
+    assert not wins(OFF * 1.01, used=True, fast_products=False)
+
+
+def test_the_sparse_path_is_chosen_less_often_where_products_are_fast():
+    assert wins(0.9 * ON, used=False, fast_products=False)
+    assert not wins(0.9 * ON, used=False, fast_products=True)
+    assert wins(ON / 2, used=False, fast_products=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("share", "is_sparse"), [(0.02, True), (0.5, False)])
+def test_the_first_step_is_sparse_where_there_is_room(share, is_sparse, monkeypatch):
+    extract, fitted = Entries.extract, []
+    monkeypatch.setattr(Entries, "extract", lambda *given: fitted.append(extract(*given)) or fitted[-1])
+    sae = StandardSae(8, 256).double()
+    sae.b_enc.data.fill_(torch.special.ndtri(torch.tensor(share, dtype=torch.double)))
+    torch.nn.init.normal_(sae.W_enc, std=8**-0.5)
+    fast_step(sae)(torch.randn(64, 8, dtype=torch.double), StepInputs(0.1))
+    assert fitted == [is_sparse]
 
 
 FAST = [name for name in CASES if fast_step(random_sae(name)[0])]
@@ -178,7 +196,7 @@ def step_of(sae, way, monkeypatch):
     """The fast step of `sae`, made to go one way."""
     monkeypatch.setattr(sparse, "CAPACITY", 1.0)
     monkeypatch.setattr("fastcache.sae.fast.step.compiles", way != "torch")
-    monkeypatch.setattr("fastcache.sae.fast.step.wins", lambda share, used: way == "sparse")
+    monkeypatch.setattr("fastcache.sae.fast.step.wins", lambda share, used, fast_products: way == "sparse")
     step = fast_step(sae)
     step.sparse = way == "sparse"
     return step

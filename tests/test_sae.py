@@ -63,15 +63,15 @@ def test_jumprelu_encoder_is_zero_up_to_the_threshold():
 @pytest.mark.parametrize("cls", ARCHITECTURES.values())
 def test_initial_decoder_rows_are_unit_vectors(cls):
     sae = make(cls, 16, 64)
-    initialise(sae, torch.randn(100, 16), torch.Generator().manual_seed(1))
+    initialise(sae, torch.randn(16), torch.Generator().manual_seed(1))
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
     assert not any(getattr(sae, name).any() for name in sae.latent_parameters if name.startswith("b_"))
 
 
 def test_normalising_the_initial_decoder_keeps_the_function():
-    sample, x = torch.randn(100, 16), torch.randn(40, 16)
+    median, x = torch.randn(16), torch.randn(40, 16)
     sae, raw = LogJumpReluSae(16, 64), JumpReluSae(16, 64)
-    initialise(sae, sample, torch.Generator().manual_seed(1))
+    initialise(sae, median, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     torch.nn.init.kaiming_uniform_(raw.W_enc, generator=generator)
     torch.nn.init.kaiming_uniform_(raw.W_dec, generator=generator)
@@ -97,7 +97,7 @@ def test_geometric_median_minimises_the_summed_distance():
 def test_nothing_is_made_on_another_device(cls):
     sae, x, generator = make(cls), torch.randn(30, 8), torch.Generator().manual_seed(0)
     with torch.device("meta"):  # what is made without saying where would land there, and fail
-        initialise(sae, x, generator)
+        initialise(sae, geometric_median(x), generator)
         sae.loss_and_grads(x, StepInputs(0.1))
         metrics = Metrics(("all",), 8, 16)
         metrics.update(sae, x, x.new_ones(1, 30).bool(), x.new_zeros(30).long())
@@ -124,7 +124,7 @@ def test_sparsity_coefficient_rises_linearly_from_zero():
 @pytest.mark.parametrize("cls", ARCHITECTURES.values())
 def test_a_saved_sae_comes_back_exactly(cls, tmp_path):
     sae = make(cls)
-    initialise(sae, torch.randn(30, 8), torch.Generator().manual_seed(0))
+    initialise(sae, torch.randn(8), torch.Generator().manual_seed(0))
     save_sae(tmp_path / "sae", sae, {"hook_point": "resid_post.1"})
     loaded, info = load_sae(tmp_path / "sae")
     assert info["hook_point"] == "resid_post.1"

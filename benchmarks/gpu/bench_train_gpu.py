@@ -6,9 +6,10 @@
 
 No result is committed yet: this was never run on a GPU.
 
-On a GPU a step is five products and torch operations between them; there are no kernels of our own, so sparse-support steps,
-which are compiled for CPUs, are left out. "of products" is the time of the five bare products at the same precision over
-that of the step. "of memory" is what the step must read and write at the least, over its time, by the bandwidth of a copy.
+On a GPU a step is five products with Triton's kernels between them, and Adam with all that surrounds it in one kernel; each is
+timed beside torch operations in their place. Sparse-support steps are for CPUs, and CUDA graphs aren't used. "of products" is
+the time of the five bare products at the same precision over that of the step. "of memory" is what the step must read and
+write at the least, over its time, by the bandwidth of a copy.
 Target: at d_in 3,584, d_sae 28,672, batch 8,192 in bf16, a share of at least 0.75 of the products.
 """
 
@@ -18,11 +19,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from fastcache.sae.architectures import StandardSae, StepInputs
+from fastcache.sae.fast import gpu
+from fastcache.sae.fast import step as step_module
 from fastcache.sae.fast.products import ROUTES, Route, candidates, choose_route, product_error
 from fastcache.sae.fast.step import fast_step
 from fastcache.stages.train.config import TrainConfig
@@ -92,13 +97,17 @@ def products(x: Tensor, d_sae: int, route: Route) -> Step:
     return step
 
 
-def ours(arch: str, x: Tensor, d_sae: int, route: Route) -> Step:
+def ours(arch: str, x: Tensor, d_sae: int, route: Route, by_triton: bool = True) -> Step:
     d_in = x.shape[1]
     config = TrainConfig(
         cache="", arch=arch, expansion=d_sae // d_in, batch_size=len(x), lr=1e-9, aux_coefficient=0.0,
         scale_activations=False, precision="bf16" if route.name == "bf16" else "float32",
     )  # fmt: skip
-    trainer = Trainer(resolve(config, d_in, 10**7), str(x.device))
+    with ExitStack() as stack:
+        if not by_triton:
+            for module in (gpu, step_module):
+                stack.enter_context(patch.object(module, "trouble", lambda _device: "left out"))
+        trainer = Trainer(resolve(config, d_in, 10**7), str(x.device))
     trainer.initialise(x[:4096])
     trainer._fast.route = route
     return trainer.step
@@ -161,13 +170,13 @@ def measure(arch: str, shape: tuple[int, int, int], route: Route, arguments: arg
         print(f"{name + f', K = {k}':52}{figures}  of products {bound / taken:.2f}, of memory {memory:.2f}", flush=True)
         if shape == TARGET_SHAPE and route.name == "bf16":
             print(f"  target {TARGET} of the products: {'met' if bound / taken >= TARGET else 'missed'}")
+    others = {"torch operations": ours(arch, x, d_sae, route, by_triton=False)}
     if importlib.util.find_spec("sae_lens"):
-        other = saelens(arch, x, d_sae, autocast=route.name == "bf16")
-        taken = seconds(lambda: other(x), device, arguments.rounds)
-        print(
-            f"{'  SAELens':52}{1000 * taken:>9.2f} ms{n / taken:>12,.0f} tok/s{flops / taken / 1e12:>8.1f} TFLOP/s",
-            flush=True,
-        )
+        others["SAELens"] = saelens(arch, x, d_sae, autocast=route.name == "bf16")
+    for other, train in others.items():
+        taken = seconds(lambda: train(x), device, arguments.rounds)  # noqa: B023
+        figures = f"{1000 * taken:>9.2f} ms{n / taken:>12,.0f} tok/s{flops / taken / 1e12:>8.1f} TFLOP/s"
+        print(f"{'  ' + other:52}{figures}", flush=True)
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
@@ -199,6 +208,8 @@ def main() -> None:
     print(
         f"memory: {speed / 1e12:.3f} TB/s by a copy; probe for float32: {choose_route('float32', device, 896, 7168).name}"
     )
+    if device.type == "cuda" and (why := gpu.trouble(device)):
+        print(f"Triton's kernels are left out: {why}")
     if not importlib.util.find_spec("sae_lens"):
         print("sae-lens isn't installed, and is left out.")
     there = {route.name for route in candidates(device)}

@@ -27,8 +27,8 @@ from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACK_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""Tokens that go through the model together, by device: enough to keep it busy, few enough to keep its memory small."""
+PACK_TOKENS = {"cpu": 512, "cuda": 16_384}
+"""Tokens that go through the model together, by device: enough to keep it busy, few enough for memory or, on a CPU, caches."""
 OTHER_PACK_TOKENS = 4096
 CHECK_LENGTHS = (40, 1, 150, 3, 14, 4, 5, 15, 31, 63)
 """Sequences of the self-check. Few tokens are where products over other numbers of rows differ first."""

@@ -36,8 +36,8 @@ def _weighted_distance(points: Tensor, median: Tensor, weights: Tensor) -> float
 
 
 @torch.no_grad()
-def initialise(sae: Sae, sample: Tensor, generator: torch.Generator, tied: bool = False) -> None:
-    """Fill the parameters of a new SAE; `sample` `[n, d_in]` holds activations for the geometric median.
+def initialise(sae: Sae, median: Tensor, generator: torch.Generator, tied: bool = False) -> None:
+    """Fill the parameters of a new SAE; b_dec becomes `median` `[d_in]`, the geometric median of the activations.
 
     Kaiming uniform weights, as in the paper: making the decoder rows unit vectors folds their norms into the encoder and
     the thresholds, so that the SAE's function stays what it was. `tied`: the encoder is the transpose of the decoder with
@@ -51,7 +51,7 @@ def initialise(sae: Sae, sample: Tensor, generator: torch.Generator, tied: bool 
         if name.startswith("b_"):
             getattr(sae, name).zero_()
     sae.W_dec.div_(norms[:, None])
-    sae.b_dec.copy_(geometric_median(sample))
+    sae.b_dec.copy_(median)
     if tied:
         sae.W_enc.copy_(sae.W_dec.T)
         for name in ("b_gate", "b_mag") if isinstance(sae, GatedSae) else ("b_enc",):
@@ -68,5 +68,13 @@ def thresholds_for(sae: Sae, sample: Tensor, l0: float) -> Tensor:
     found = []
     for start in range(0, sae.d_sae, THRESHOLD_LATENTS):
         some = slice(start, start + THRESHOLD_LATENTS)
-        found.append((rows @ sae.W_enc[:, some] + sae.b_enc[some]).quantile(share, dim=0))
+        found.append(_quantile((rows @ sae.W_enc[:, some] + sae.b_enc[some]).T, share))
     return torch.cat(found).clamp(min=0)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """torch's `quantile` of each row of `values` `[m, n]`, by selection: torch sorts, which takes ten times as long."""
+    place = share * (values.shape[1] - 1)
+    below = int(place)
+    low, high = (values.kthvalue(1 + min(k, values.shape[1] - 1)).values for k in (below, below + 1))
+    return low.lerp(high, place - below)

@@ -1,6 +1,7 @@
 """Fast training steps: the same mathematics as the architectures', with fewer passes and, where it pays, fewer products.
 
 `step.py` has the five dense products; `dense_kernels.py` what lies between them, compiled; `sparse_kernels.py` all but the
-first product, on the active latents alone; `adam.py` the optimiser in one pass; `products.py` picks the way to multiply.
-Nothing here is needed: `--plain` trains with the architectures' own `loss_and_grads`, and torch's own Adam.
+first product, on the active latents alone; `adam.py` the optimiser in one pass; `gpu.py` and `triton_kernels.py` passes and
+optimiser on a GPU; `products.py` picks the way to multiply. Nothing here is needed: `--plain` trains with the architectures'
+own `loss_and_grads`, and torch's own Adam.
 """

@@ -7,15 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from fastcache.sae.fast import adam_kernels as kernels
+from fastcache.sae.fast import gpu
 from fastcache.sae.fast.dense import arrays
 from fastcache.sae.fast.threads import spread
 
 
 class FastAdam(torch.optim.Adam):
-    """torch's Adam with the same state, and a step that clips, projects and normalises on its way."""
+    """torch's Adam with the same state, and a step that clips, projects and normalises on its way.
 
-    def __init__(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float) -> None:
-        super().__init__(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
+    That step needs compiled loops and parameters on a CPU or, with `by_triton`, float32 on a GPU.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, by_triton: bool = False
+    ) -> None:
+        # torch's fused Adam keeps the number of steps on the GPU, and to ask for it is to wait.
+        super().__init__(parameters, lr=lr, betas=(0.9, 0.999), fused=not by_triton)
+        self._by_triton = by_triton
 
     def step(self, closure: Any = None) -> Any:
         """See `torch.optim.Adam.step`."""
@@ -35,18 +43,18 @@ class FastAdam(torch.optim.Adam):
     def clipped_step(self, clip_norm: float, unit_rows: nn.Parameter | None) -> None:
         """One step, after the gradients were clipped to a norm of `clip_norm` together (0: not).
 
-        `unit_rows` has rows of unit norm, and keeps them: see `adam_kernels.adam`. Needs float parameters on a CPU.
+        `unit_rows` has rows of unit norm, and keeps them: see `adam_kernels.adam`.
         """
         pairs = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        scale = 1.0
+        grads = [_flat(p.grad, p) for _, p in pairs]
+        scale = grads[0].new_ones(())
         if clip_norm:
-            norm = float(torch.stack([_squared_norm(_flat(p.grad, p)) for _, p in pairs]).sum()) ** 0.5
-            # Not min: a norm that is NaN has to show.
-            scale = 1.0 if norm + 1e-6 <= clip_norm else clip_norm / (norm + 1e-6)
+            norm = torch.nn.utils.get_total_norm(grads) if self._by_triton else _norm(grads)
+            scale = (clip_norm / (norm + 1e-6)).clamp(max=1)  # NaN stays what it is, and shows
         for group, parameter in pairs:
             self._update(parameter, group, scale, parameter is unit_rows)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any], scale: float, unit_rows: bool) -> None:
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any], scale: Tensor, unit_rows: bool) -> None:
         state = self._lay_out(parameter)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -54,11 +62,14 @@ class FastAdam(torch.optim.Adam):
         state["step"] += 1
         (beta1, beta2), t = group["betas"], float(state["step"])
         weights = _flat(parameter, parameter)
+        rest = 1 - beta1, 1 - beta2, group["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5, group["eps"]
+        mean, square = (_flat(state[name], parameter) for name in ("exp_avg", "exp_avg_sq"))
+        tensors = weights, _flat(parameter.grad, parameter), mean, square
+        if self._by_triton:
+            gpu.adam_rows(*tensors, scale, rest, unit_rows)
+            return
         number = weights.numpy().dtype.type
-        rest = scale, 1 - beta1, 1 - beta2, group["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5, group["eps"]
-        moments = (_flat(state[name], parameter) for name in ("exp_avg", "exp_avg_sq"))
-        tensors = arrays(weights, _flat(parameter.grad, parameter), *moments)
-        spread(kernels.adam, len(weights), *tensors, *map(number, rest), unit_rows)
+        spread(kernels.adam, len(weights), *arrays(*tensors), *map(number, (float(scale), *rest)), unit_rows)
 
 
 def _flat(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor:
@@ -70,7 +81,11 @@ def _flat(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor:
     return laid_out.detach().contiguous()
 
 
-def _squared_norm(grads: Tensor) -> Tensor:
-    squares = torch.empty(len(grads), dtype=grads.dtype)
-    spread(kernels.squared_norms, len(grads), *arrays(grads, squares))
-    return squares.sum(dtype=torch.double)
+def _norm(grads: list[Tensor]) -> Tensor:
+    """Of all together."""
+    sums = []
+    for one in grads:
+        squares = torch.empty(len(one), dtype=one.dtype)
+        spread(kernels.squared_norms, len(one), *arrays(one, squares))
+        sums.append(squares.sum(dtype=torch.double))
+    return torch.stack(sums).sum().sqrt()

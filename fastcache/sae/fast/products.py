@@ -8,6 +8,7 @@ hardware has them and are hundreds of times slower where it hasn't. So every way
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -82,10 +83,12 @@ def product_error(route: Route, device: torch.device) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+@cache
 def choose_route(precision: str, device: torch.device, d_in: int, d_sae: int) -> Route:
     """The fastest way to multiply on `device` whose error is within `ERROR_LIMITS[precision]`.
 
-    The plain way stays unless another is clearly faster. The choice depends on the time of day: keep it for a resumed run.
+    The plain way stays unless another is clearly faster. The choice depends on the time of day: it is made once in a process,
+    and kept for a resumed run.
     """
     within = [r for r in candidates(device) if product_error(r, device) <= ERROR_LIMITS[precision]]
     if len(within) < 2:

@@ -10,16 +10,22 @@ from fastcache.sae.fast.buffers import Buffers
 from fastcache.sae.fast.dense import arrays, groups
 from fastcache.sae.fast.threads import spread
 
-ON, OFF = 0.035, 0.045
-"""Shares of entries among all latents: below the one it is used from the next step on, above the other it isn't."""
+ON, OFF = 0.06, 0.075
+"""Shares of entries among all latents: below the one it is used from the next step on, above the other it isn't.
 
-CAPACITY = 0.08
+They break even at 7 % (d_in 896) to 12 % (256) where products run as torch's own do (docs/benchmarks/train.md).
+"""
+
+OF_FAST_PRODUCTS = 0.6
+"""What is left of both where a faster way to multiply was found: dense steps are quicker there."""
+
+CAPACITY = 0.1
 """Share of entries that there is room for. A step with more is done densely."""
 
 
-def wins(share: float, used: bool) -> bool:
+def wins(share: float, used: bool, fast_products: bool) -> bool:
     """Whether the next step should be sparse, after one with this share of entries. A pure function: resumed runs agree."""
-    return share < (OFF if used else ON)
+    return share < (OFF if used else ON) * (OF_FAST_PRODUCTS if fast_products else 1.0)
 
 
 class Gradients(NamedTuple):

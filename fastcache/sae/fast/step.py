@@ -11,6 +11,7 @@ from fastcache.sae.architectures.base import l1_weights
 from fastcache.sae.architectures.single_path import SinglePathSae, revive_dead
 from fastcache.sae.fast.buffers import Buffers
 from fastcache.sae.fast.dense import CompiledOps, Forward, TorchOps
+from fastcache.sae.fast.gpu import TritonOps, trouble
 from fastcache.sae.fast.products import PLAIN, Route
 from fastcache.sae.fast.sparse import Entries, Gradients, wins
 from fastcache.sae.fast.threads import compiles
@@ -38,12 +39,14 @@ class FastStep(ABC):
     """
 
     def __init__(self, sae: Sae, route: Route = PLAIN) -> None:
-        self.route, self.sparse = route, False
-        """`sparse`: whether the next step is to be. It follows from the steps before: keep it for a resumed run."""
         self._device = sae.b_dec.device
         self._buffers = Buffers(self._device)
         self._compiles = compiles and self._device.type == "cpu"
-        self._ops: CompiledOps | TorchOps
+        self.route, self.sparse = route, self._compiles
+        """`sparse`: whether the next step is to be. It follows from the steps before: keep it for a resumed run. The first
+        one is, if there is room for its entries."""
+        self._ops: CompiledOps | TritonOps | TorchOps
+        self._by_triton = trouble(self._device) is None
         self._sae = sae
 
     @torch.no_grad()
@@ -52,7 +55,8 @@ class FastStep(ABC):
         if self._sae.W_enc.is_contiguous():
             self._sae.W_enc.data = self._sae.W_enc.data.T.contiguous().T
         compiled = self._compiles and self.route.dtype == torch.float32
-        self._ops = CompiledOps(self._buffers) if compiled else TorchOps(self._buffers)
+        others = TritonOps if self._by_triton else TorchOps
+        self._ops = CompiledOps(self._buffers) if compiled else others(self._buffers)
         with self.route.active(self._device):
             return self._step(x.contiguous(), inputs)
 
@@ -67,7 +71,8 @@ class FastStep(ABC):
         coefficient = inputs.coefficient
         found = self._sparse(x, entries, coefficient) if entries else self._dense(z, narrow, coefficient)
         if self._compiles:
-            self.sparse = wins(float(found.n_entries) / (n * sae.d_sae), self.sparse)
+            share = float(found.n_entries) / (n * sae.d_sae)
+            self.sparse = wins(share, self.sparse, fast_products=self.route is not PLAIN)
         aux = x.new_zeros(()) if z_dead is None else self._revive_dead(z_dead, x, found.error, inputs)
         squared_error = found.squared_error / n
         loss = squared_error + coefficient * found.sparsity + aux

@@ -9,6 +9,7 @@ from fastcache.errors import IntegrityError, NonFiniteError
 from fastcache.interrupt import deferred_interrupt
 from fastcache.progress import Progress
 from fastcache.progress import Task as Shown
+from fastcache.sae.init import geometric_median
 from fastcache.sae.storage import INFO_FILE, load_sae
 from fastcache.stages.train.checkpoint import checkpoint_steps, load_checkpoint
 from fastcache.stages.train.config import TrainConfig
@@ -53,8 +54,9 @@ def begin(members: Sequence[Member], progress: Progress) -> None:
     changed = _load(members)
     if changed is None:
         sample = members[0].task.sample()
+        median = geometric_median(sample)
         for member in members:
-            member.trainer.initialise(sample)
+            member.trainer.initialise(sample, median)
     elif changed:
         progress.say(f"Note: this resumes on another machine ({', '.join(changed)}), so last bits may differ.")
     notes = [note for member in members for note in member.begin()]

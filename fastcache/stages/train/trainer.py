@@ -15,11 +15,12 @@ from fastcache.sae.architectures import (
     StepFigures,
     StepInputs,
 )
+from fastcache.sae.fast import gpu
 from fastcache.sae.fast.adam import FastAdam
 from fastcache.sae.fast.products import PLAIN, choose_route, confirm_route
 from fastcache.sae.fast.step import fast_step
 from fastcache.sae.fast.threads import compiles
-from fastcache.sae.init import initialise, thresholds_for
+from fastcache.sae.init import geometric_median, initialise, thresholds_for
 from fastcache.sae.schedules import LearningRate, sparsity_coefficient
 from fastcache.stages.train.recipe import Recipe
 
@@ -51,10 +52,11 @@ class Trainer:
         thresholds = [value for name, value in self.sae.named_parameters() if "threshold" in name]
         weights = [value for name, value in self.sae.named_parameters() if "threshold" not in name]
         groups = [{"params": weights, "factor": 1.0}, {"params": thresholds, "factor": recipe.theta_lr}]
-        self._optimizer = FastAdam([group for group in groups if group["params"]], lr=recipe.lr)
+        by_triton = not recipe.plain and gpu.trouble(self.sae.b_dec.device) is None
+        self._optimizer = FastAdam([group for group in groups if group["params"]], recipe.lr, by_triton)
         self._fast = None if recipe.plain else fast_step(self.sae)
         self._route_is_chosen = False
-        self._fast_adam = not recipe.plain and device == "cpu" and compiles
+        self._fast_adam = by_triton or (not recipe.plain and device == "cpu" and compiles)
         warm_up, decay = round(recipe.lr_warm_up * self.n_steps), round(recipe.lr_decay * self.n_steps)
         self._rate = LearningRate(recipe.lr, recipe.lr_end, warm_up, decay, self.n_steps)
         self._coefficient_steps = round(recipe.coefficient_warm_up * self.n_steps)
@@ -66,8 +68,8 @@ class Trainer:
         if self.recipe.plain:
             return []
         recipe, notes = self.recipe, []
-        if not compiles:
-            notes.append("numba isn't here: steps run in torch operations alone, which takes longer.")
+        if why_not := self._not_compiled():
+            notes.append(f"Steps run in torch operations alone, which takes longer: {why_not}.")
         if self._fast and not self._route_is_chosen:
             self._fast.route = choose_route(recipe.precision, self.sae.b_dec.device, recipe.d_in, recipe.d_sae)
             self._route_is_chosen = True
@@ -77,15 +79,27 @@ class Trainer:
             notes.append(f"Products in {recipe.precision} are {why}; these are in {used.name}.")
         return notes
 
+    def _not_compiled(self) -> str | None:
+        """Why there are no compiled passes."""
+        device = self.sae.b_dec.device
+        if device.type == "cuda":
+            trouble = gpu.trouble(device)
+            return trouble and f"Triton's kernels can't be used ({trouble})"
+        return None if compiles else "numba isn't here"
+
     @torch.no_grad()
-    def initialise(self, sample: Tensor) -> None:
-        """Fill the parameters; `sample` `[n, d_in]` gives the scale, the decoder bias and the thresholds."""
+    def initialise(self, sample: Tensor, median: Tensor | None = None) -> None:
+        """Fill the parameters; `sample` `[n, d_in]` gives the scale, the decoder bias and the thresholds.
+
+        `median` is its geometric median `[d_in]`, where that is known.
+        """
         recipe = self.recipe
         if recipe.scale_activations and (power := float(sample.double().square().sum(1).mean())):
             self.scale = (recipe.d_in / power) ** 0.5
+        median = self._scaled(geometric_median(sample) if median is None else median)
         sample = self._scaled(sample)
         generator = torch.Generator(self.sae.b_dec.device).manual_seed(recipe.seed)
-        initialise(self.sae, sample, generator, tied=recipe.init == "tied")
+        initialise(self.sae, median, generator, tied=recipe.init == "tied")
         if isinstance(self.sae, JumpReluSae) and recipe.threshold is None:
             self.sae.set_threshold(thresholds_for(self.sae, sample, recipe.target_l0 or recipe.d_in / 4))
 
