@@ -1,5 +1,10 @@
 """Triton's kernels, in its interpreter: no GPU is needed for what they compute."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import reference_sae
 import torch
@@ -91,3 +96,46 @@ def test_a_triton_that_is_broken_is_not_used(monkeypatch):
     gpu.trouble.cache_clear()
     assert gpu.trouble(torch.device("cuda")) == "RuntimeError: ptxas was not found"
     gpu.trouble.cache_clear()
+
+
+COMPILE = """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from fastcache.sae.fast import triton_kernels
+
+    wide, sums, number, size = "*bf16", "*fp32", "fp32", "i32"
+    shape = dict.fromkeys(("n", "d", "size"), size)
+    kernels = {
+        "relu_forward": {"z": wide, "sums": sums, "counts": sums, **shape},
+        "relu_backward": {"grad": wide, "acts": wide, "sums": sums, **shape},
+        "jump_forward": {
+            "z": wide, "theta": sums, "half": number, "counts": sums, "row_counts": sums, "row_entries": sums, **shape
+        },
+        "jump_backward": {
+            "grad": wide, "acts": wide, "theta": sums, "half": number, "per_width": number, "penalty": sums,
+            "sums": sums, "theta_sums": sums, **shape,
+        },
+        "residual": {"recon": wide, "x": wide, "scale": number, "squares": sums, "sums": sums, **shape},
+        "adam": {
+            **dict.fromkeys(("weights", "grads", "mean", "square", "clip"), sums),
+            **dict.fromkeys(("rest1", "rest2", "rate", "correction", "eps"), number), "n_values": size, "d": size,
+        },
+    }
+    for name, signature in kernels.items():
+        constants = {"UNIT_ROWS": True, "COLUMNS": 4096} if name == "adam" else {"ROWS": 16, "COLUMNS": 128}
+        source = ASTSource(
+            getattr(triton_kernels, name), {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
+        )
+        made = compile(source, target=GPUTarget("cuda", 90, 32))
+        assert made.asm["cubin"], name
+        print(name, "-0.0" if "<-0.000000e+00>" in made.asm["ttir"] else "")
+"""
+
+
+def test_kernels_compile_for_a_real_gpu(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(COMPILE)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 6
+    assert "jump_forward -0.0" in done.stdout  # the band is told by it, and a compiler may take it for 0

@@ -4,12 +4,8 @@ A program has the columns of one tile and the rows of one group. Sums over the b
 `[n_groups, columns]`, and added up afterwards, always in the same order. Arithmetic is in float32, whatever the arrays hold.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-Pointer = Any
 
 
 @triton.jit
@@ -19,7 +15,7 @@ def _tile(row, n, column, d):
 
 
 @triton.jit
-def relu_forward(z: Pointer, sums: Pointer, counts: Pointer, n, d, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def relu_forward(z, sums, counts, n, d, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """z becomes ReLU(z); by group, the sums of the latents and how often they are active."""
     group = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -36,7 +32,7 @@ def relu_forward(z: Pointer, sums: Pointer, counts: Pointer, n, d, size, ROWS: t
 
 
 @triton.jit
-def relu_backward(grad: Pointer, acts: Pointer, sums: Pointer, n, d, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def relu_backward(grad, acts, sums, n, d, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The gradient is kept where the latent is active; by group, its sums."""
     group = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -52,7 +48,7 @@ def relu_backward(grad: Pointer, acts: Pointer, sums: Pointer, n, d, size, ROWS:
 
 @triton.jit
 def jump_forward(
-    z: Pointer, theta: Pointer, half, counts: Pointer, row_counts: Pointer, row_entries: Pointer, n, d, size,
+    z, theta, half, counts, row_counts, row_entries, n, d, size,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """z becomes z H(z - theta), with -0.0 for what is inactive and near.
@@ -78,7 +74,7 @@ def jump_forward(
 
 @triton.jit
 def jump_backward(
-    grad: Pointer, acts: Pointer, theta: Pointer, half, per_width, penalty: Pointer, sums: Pointer, theta_sums: Pointer,
+    grad, acts, theta, half, per_width, penalty, sums, theta_sums,
     n, d, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of z in the place of that of the latents; by group, its sums and the thresholds' gradient.
@@ -109,11 +105,11 @@ def jump_backward(
 
 @triton.jit
 def residual(
-    recon: Pointer,
-    x: Pointer,
+    recon,
+    x,
     scale,
-    squares: Pointer,
-    sums: Pointer,
+    squares,
+    sums,
     n,
     d,
     size,
@@ -136,7 +132,7 @@ def residual(
 
 @triton.jit
 def adam(
-    weights: Pointer, grads: Pointer, mean: Pointer, square: Pointer, clip: Pointer, rest1, rest2, rate, correction, eps,
+    weights, grads, mean, square, clip, rest1, rest2, rate, correction, eps,
     n_values, d, UNIT_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A step of Adam on one row of at most `COLUMNS` numbers; see `adam_kernels.adam`. `clip` holds the gradients' factor."""
