@@ -9,6 +9,14 @@ from fastcache.sae.fast.products import ERROR_LIMITS, PLAIN, ROUTES, choose_rout
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """The choice is made once in a process."""
+    choose_route.cache_clear()
+    yield
+    choose_route.cache_clear()
+
+
 @pytest.mark.parametrize("precision", ERROR_LIMITS)
 def test_the_chosen_way_is_exact_enough(precision):
     route = choose_route(precision, CPU, 64, 256)

@@ -150,7 +150,7 @@ def test_modern_does_not_mind_units_or_offset():
     lines.append(trainer.figures(x, figures))
     assert lines[0]["fvu"] == pytest.approx(lines[1]["fvu"], rel=1e-3)
     # It takes longer: the offset's power is part of the scale, so that what is to be told apart is smaller.
-    assert trained(steps=600, target_l0=5.0, offset=3.0)[1]["fvu"] < 0.3
+    assert trained(steps=1000, target_l0=5.0, offset=3.0)[1]["fvu"] < 0.28
 
 
 def test_dead_latents_come_back_with_the_auxiliary_loss():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastcache.cache_format.schema import layer_of
-from fastcache.llm.backend import Residuals, TokenIds
+from fastcache.llm.backend import Residuals, TokenIds, default_pack_tokens
 from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_base_model, load_config, quiet
 from fastcache.llm.packed_attention import NAME, Segments, UnknownAttentionError, register
 from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
@@ -27,16 +27,8 @@ from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACK_TOKENS = {"cpu": 512, "cuda": 16_384}
-"""Tokens that go through the model together, by device: enough to keep it busy, few enough for memory or, on a CPU, caches."""
-OTHER_PACK_TOKENS = 4096
 CHECK_LENGTHS = (40, 1, 150, 3, 14, 4, 5, 15, 31, 63)
 """Sequences of the self-check. Few tokens are where products over other numbers of rows differ first."""
-
-
-def default_pack_tokens(device: str) -> int:
-    """Tokens that go through the model together on `device`, where the user doesn't say."""
-    return PACK_TOKENS.get(torch.device(device).type, OTHER_PACK_TOKENS)
 
 
 def shortest_packed() -> tuple[int, ...]:
@@ -102,7 +94,7 @@ class TransformersBackend:
         layers = decoder_layers(self._model, n_layers)
         for hook in self.hook_points:
             layers[layer_of(hook)].register_forward_hook(self._capture(hook))
-        self._pack_tokens = default_pack_tokens(device) if pack_tokens is None else pack_tokens
+        self._pack_tokens = default_pack_tokens("transformers", device) if pack_tokens is None else pack_tokens
         self._shortest = 1
         if self._pack_tokens > 1:
             self._use_packs()

@@ -20,9 +20,9 @@ import torch
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.errors import ModelError
-from fastcache.llm.backend import LostBackendError, Residuals, TokenIds
+from fastcache.llm.backend import LostBackendError, Residuals, TokenIds, default_pack_tokens
 from fastcache.llm.loading import ModelSource, check_layers, cut_layers, load_config
-from fastcache.llm.transformers_backend import DTYPES, default_pack_tokens
+from fastcache.llm.transformers_backend import DTYPES
 from fastcache.llm.vllm_backend.arena import Arena, ArenaShape, RowRing
 
 BATCHES_IN_FLIGHT = 4
@@ -73,7 +73,7 @@ class VllmBackend:
         self.hook_points = list(hook_points)
         layers = [layer_of(hook) for hook in hook_points]
         kind = torch.device(devices[0]).type
-        self.batch_tokens = batch_tokens or default_pack_tokens(devices[0])
+        self.batch_tokens = batch_tokens or default_pack_tokens("vllm", devices[0])
         settings = {
             "model": source.path,
             "revision": None if source.is_local else source.revision,

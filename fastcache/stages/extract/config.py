@@ -63,7 +63,7 @@ class ExtractConfig:
     pack_tokens: int | None = option(
         None,
         help="Tokens that go through the model together; 1 runs one sequence at a time. "
-        "Default: 2,048 on a CPU, 16,384 on a GPU.",
+        "Default: 512 on a CPU (vllm: 2,048), 16,384 on a GPU.",
         at_least=1,
     )
     unit_tokens: int = option(524_288, help="Tokens of a work unit, which becomes a part of the cache.", at_least=1)

@@ -11,9 +11,10 @@ from typing import Any
 from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import layer_of
 from fastcache.cache_format.writer import QUEUE_BYTES
+from fastcache.llm.backend import default_pack_tokens
 from fastcache.llm.loading import count_parameters
 from fastcache.llm.parity import spread
-from fastcache.llm.transformers_backend import DTYPES, default_pack_tokens
+from fastcache.llm.transformers_backend import DTYPES
 from fastcache.llm.vllm_backend.backend import arena_rows
 from fastcache.memory import process_bytes
 from fastcache.stages.extract.model_use import ModelUse
@@ -50,7 +51,9 @@ def queue_bytes(use: ModelUse, sample: list[Instance]) -> int:
 
 def pack_tokens(use: ModelUse, sample: list[Instance]) -> int:
     """Tokens that go through the model together, at most: a pack, or one sequence that is longer."""
-    given = default_pack_tokens(use.device) if use.config.pack_tokens is None else use.config.pack_tokens
+    given = use.config.pack_tokens
+    if given is None:
+        given = default_pack_tokens(use.backend, use.device)
     return max(given, *(len(instance.token_ids) for instance in sample))
 
 

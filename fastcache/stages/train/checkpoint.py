@@ -1,5 +1,6 @@
 """Checkpoints: a folder each, written under another name first, so that a killed run leaves only whole ones."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ def numerics(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "MKL_CBWR": os.environ.get("MKL_CBWR", ""),
         "matmul": torch.get_float32_matmul_precision(),
         "mkldnn_matmul": str(torch.backends.mkldnn.matmul.fp32_precision),  # type: ignore[attr-defined]
     }
