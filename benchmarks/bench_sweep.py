@@ -146,8 +146,8 @@ def begun_sparse(arguments: argparse.Namespace) -> Iterator[None]:
     """Standard SAEs begin with encoder biases at which they have the wanted L0; JumpReLU's recipe does that by itself."""
     plain = Trainer.initialise
 
-    def initialise(trainer: Trainer, sample: torch.Tensor) -> None:
-        plain(trainer, sample)
+    def initialise(trainer: Trainer, sample: torch.Tensor, median: torch.Tensor) -> None:
+        plain(trainer, sample, median)
         if trainer.recipe.arch == "standard" and not arguments.from_dense:
             with torch.no_grad():
                 z = (sample[:512] * trainer.scale @ trainer.sae.W_enc + trainer.sae.b_enc).flatten()
