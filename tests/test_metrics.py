@@ -41,7 +41,7 @@ def saved(tmp_path, small_cache):
 
 def trained_like(d_in=32, d_sae=64):
     sae = StandardSae(d_in, d_sae)
-    initialise(sae, torch.randn(64, d_in), torch.Generator().manual_seed(3))
+    initialise(sae, torch.zeros(d_in), torch.Generator().manual_seed(3))
     return sae
 
 
