@@ -8,10 +8,11 @@ import torch
 from conftest import edit_manifest, run_extract
 
 import fastcache
-from fastcache.cache_format.schema import SPLITS, select
+from fastcache.cache_format.schema import SPLITS, TurnRole, select, turn_roles
 from fastcache.errors import InputError, MismatchError
 from fastcache.progress import Silent
 from fastcache.sae.architectures import StandardSae
+from fastcache.sae.bootstrap import interval, resampled
 from fastcache.sae.init import initialise
 from fastcache.sae.metrics import Metrics
 from fastcache.sae.storage import save_sae
@@ -71,6 +72,81 @@ def test_metrics_equal_brute_force(saved, held_out_cache):
         assert found["fvu"] == pytest.approx(sum(errors) / float(variance), rel=1e-6)
         assert found["l0"] == pytest.approx(np.mean(actives))
         assert found["n_tokens"] == len(errors)
+
+
+def test_turns_of_each_role_and_position_0_are_measured(saved, held_out_cache):
+    result = evaluate(EvaluateConfig(sae=(saved(trained_like()),), cache=str(held_out_cache)), Silent())[0]
+    types = np.concatenate([instance.token_types for instance in fastcache.open_cache(held_out_cache).instances()])
+    for role in ("user", "assistant"):
+        assert result["splits"][role]["n_tokens"] == (turn_roles(types) == TurnRole[role.upper()]).sum() > 0
+    first = result["splits"]["first"]
+    assert first["n_tokens"] == first["n_dialogues"] == result["splits"]["all"]["n_dialogues"]
+    assert 0 < first["share_of_squared_error"] < 1
+    assert result["splits"]["tool"] == {"n_tokens": 0}
+
+
+def test_cosine_and_relative_norm_equal_brute_force():
+    x, sae = torch.randn(50, 32) + 1, trained_like()
+    found, recon = metrics_of(sae, x)["splits"]["all"], sae(x).double()
+    assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(recon, x.double()).mean()), rel=1e-6)
+    assert found["relative_norm"] == pytest.approx(float((recon.norm(dim=1) / x.double().norm(dim=1)).mean()), rel=1e-6)
+
+
+def firing(pattern):
+    """Metrics of an SAE whose latents are active where `pattern` `[n, d_sae]` says so; each token is a dialogue."""
+    d_sae = pattern.shape[1]
+    sae = StandardSae(d_sae, d_sae)
+    sae.W_enc.copy_(torch.eye(d_sae))
+    metrics = Metrics(("all",), d_sae, d_sae)
+    for batch in pattern.float().split(7):
+        metrics.update(sae, batch, torch.ones(1, len(batch), dtype=torch.bool), torch.arange(len(batch)))
+    return metrics.result()
+
+
+def test_l0_quantiles_equal_numpys():
+    pattern = torch.rand(200, 20, generator=torch.Generator().manual_seed(0)) < 0.3
+    l0 = pattern.sum(1).numpy()
+    found = firing(pattern)["splits"]["all"]["l0_quantiles"]
+    assert found == {f"{q:g}": np.quantile(l0, q, method="inverted_cdf") for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+
+
+def test_a_latent_is_dead_in_the_windows_before_it_first_fires(monkeypatch):
+    monkeypatch.setattr("fastcache.sae.metrics.WINDOWS", (10, 20))
+    pattern = torch.zeros(30, 4, dtype=torch.bool)
+    pattern[9, 0] = pattern[10, 1] = pattern[29, 2] = True
+    assert firing(pattern)["dead_by_window"] == {"10": 3, "20": 2, "30": 1}
+
+
+def test_the_density_histogram_counts_every_latent_that_fires():
+    pattern = torch.zeros(100, 5, dtype=torch.bool)
+    pattern[:1, 0] = pattern[:10, 1] = pattern[:, 2] = pattern[:, 3] = True
+    density = firing(pattern)["density"]
+    edges, counts = density["log10_edges"], density["counts"]
+    assert [(edges[i], count) for i, count in enumerate(counts) if count] == [(-2.0, 1), (-1.0, 1), (-0.25, 2)]
+
+
+def test_equal_dialogues_leave_no_doubt():
+    x = torch.randn(5, 4).repeat(6, 1)
+    found = metrics_of(trained_like(4, 8), x)["splits"]["all"]
+    assert found["intervals"]["mse"] == pytest.approx([found["mse"]] * 2)
+    assert found["intervals"]["l0"] == pytest.approx([found["l0"]] * 2)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        dialogues = rng.gamma(2.0, 1.0, size=(60, 1))
+        low, high = interval(resampled(dialogues)[:, 0] / 60)
+        covered += low <= 2.0 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_intervals_do_not_depend_on_how_many_samples_are_held(monkeypatch):
+    sums = np.random.default_rng(0).random((30, 3))
+    expected = resampled(sums)
+    monkeypatch.setattr("fastcache.sae.bootstrap.MOST_WEIGHTS", 100)
+    assert np.allclose(resampled(sums), expected)
 
 
 def metrics_of(sae, x):

@@ -166,6 +166,15 @@ def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtyp
     return model.to(device).eval()
 
 
+def load_language_model(source: ModelSource, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """The whole model, with its LM head."""
+    from transformers import AutoModelForCausalLM
+
+    with _clear_errors(source, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.keywords())
+    return model.to(device).eval()
+
+
 def count_parameters(source: ModelSource, n_layers: int | None) -> int:
     """Parameters of what `load_base_model` loads; no weight is read."""
     from transformers import AutoModel

@@ -165,12 +165,15 @@ def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> Non
     for name in ("data", "layer", "arch"):
         table.add_column(name, no_wrap=True)
     headers = ("all", "special", "special,\nnot first", "content")
-    for name in ("L0", "FVU", "dead", *headers):
+    spliced = [result["with_model"]["splits"]["all"] for result in evaluations if "with_model" in result]
+    for name in ("L0", "FVU", "dead", *headers, *(("LM loss,\nadded", "LM loss,\nrecovered") if spliced else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for result in evaluations:
         splits = result["splits"]
         mse = [_figure(splits[split].get("log2_mse")) for split in SPLIT_TITLES]
         layer = result["hook_point"].rpartition(".")[2]
         figures = [_figure(splits["all"]["l0"], 1), _figure(splits["all"]["fvu"], 4), f"{result['dead_share']:.1%}"]
-        table.add_row(result["trained_on"], layer, result["architecture"], *figures, *mse)
+        with_model = result.get("with_model", {}).get("splits", {}).get("all", {})
+        losses = [_figure(with_model.get(name), 4) for name in ("delta_loss", "loss_recovered")] if spliced else []
+        table.add_row(result["trained_on"], layer, result["architecture"], *figures, *mse, *losses)
     console.print(table)

@@ -13,4 +13,13 @@ class EvaluateConfig:
     cache: str = option(help="Held-out cache (`fastcache extract --split eval`), method fast.")
     max_instances: int = option(5000, help="Dialogues to evaluate on, from the beginning of the cache.", at_least=1)
     allow_train: bool = option(False, help="Accept a cache of training rows: the figures are then not held out.")
+    with_model: bool = option(
+        False, help="Also run the model with the reconstructions in its residual stream: loss recovered, KL."
+    )
+    model: str | None = option(
+        None, help="Where the cache's model is now: a folder or a name on the hub. Default: as the cache has it."
+    )
+    model_instances: int = option(200, help="Dialogues to run the model on, from the beginning.", at_least=1)
+    model_dtype: str = option("float32", choices=("float32", "bfloat16", "float16"), help="Dtype of the model.")
+    trust_remote_code: bool = option(False, help="Run code that comes with the model.")
     device: str | None = option(None, help="Device. Default: cuda where there is one, else cpu.")

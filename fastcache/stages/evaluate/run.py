@@ -10,19 +10,26 @@ import torch
 from torch import Tensor
 
 from fastcache.cache_format.reader import Cache, CachedInstance, open_cache
-from fastcache.cache_format.schema import SPLITS, select
+from fastcache.cache_format.schema import SPLITS, TokenType, TurnRole, select, turn_roles
 from fastcache.config import differences
 from fastcache.devices import choose_device
 from fastcache.errors import InputError, MismatchError
 from fastcache.files import fingerprint, require_fields, write_json_atomic
+from fastcache.llm.loading import ModelSource, load_config, model_identity
+from fastcache.llm.splicing import SplicedModel
+from fastcache.llm.transformers_backend import DTYPES
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.metrics import Metrics
 from fastcache.sae.storage import load_sae
 from fastcache.stages.evaluate.config import EvaluateConfig
+from fastcache.stages.evaluate.with_model import Spliced, measure, result_of
 
 BATCH_TOKENS = 8192
 EVALUATION_FILE = "evaluation.json"
+ROLES = {role.name.lower(): role for role in TurnRole if role is not TurnRole.NONE}
+TOKEN_SETS = (*SPLITS, "first", *ROLES)
+"""What is measured: the named sets, position 0, and the turns of each role, with all of their tokens."""
 
 
 @dataclass
@@ -62,7 +69,29 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
                 for candidate in (c for c in candidates if c.info["hook_point"] == hook):
                     candidate.metrics.update(candidate.sae, x, masks.to(device), dialogues.to(device))
             task.advance(len(batch))
-    return [_write(candidate, cache, n_instances) for candidate in candidates]
+    spliced = (
+        _with_model(config, cache, candidates, device, progress) if config.with_model else [None] * len(candidates)
+    )
+    return [_write(one, cache, n_instances, with_model) for one, with_model in zip(candidates, spliced, strict=True)]
+
+
+def _with_model(
+    config: EvaluateConfig, cache: Cache, candidates: list[_Candidate], device: str, progress: Progress
+) -> list[dict[str, Any]]:
+    """The figures of `with_model.py` for each candidate."""
+    identity = cache.manifest.identity["model"]
+    source = ModelSource(config.model or identity["name"], identity.get("revision"), config.trust_remote_code)
+    found = differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""})
+    if found:
+        raise MismatchError(
+            f"{cache.path} is of another model than {source.name!r} ({'; '.join(found)}). Give --model."
+        )
+    saes = [Spliced(candidate.sae, candidate.info["hook_point"]) for candidate in candidates]
+    means = {candidate.info["hook_point"]: candidate.metrics.mean() for candidate in candidates}
+    model = SplicedModel(source, sorted(means), DTYPES[config.model_dtype], device)
+    instances = [cache.instance(index) for index in range(min(config.model_instances, cache.n_instances))]
+    measure(saes, model, means, instances, lambda instance: _token_sets([instance])[0].numpy(), progress)
+    return [result_of(one, TOKEN_SETS) for one in saes]
 
 
 def _load(folder: Path, cache: Cache, device: str) -> _Candidate:
@@ -78,7 +107,7 @@ def _load(folder: Path, cache: Cache, device: str) -> _Candidate:
             raise MismatchError(f"{folder} and {cache.path} come from different {name}s ({'; '.join(found)}).")
     if sae.d_in != cache.d_in:
         raise MismatchError(f"{folder} has d_in {sae.d_in}, but {cache.path} has {cache.d_in}.")
-    return _Candidate(folder, sae.to(device), info, Metrics(tuple(SPLITS), sae.d_in, sae.d_sae, device))
+    return _Candidate(folder, sae.to(device), info, Metrics(TOKEN_SETS, sae.d_in, sae.d_sae, device))
 
 
 def _batches(cache: Cache, n_instances: int) -> Iterator[list[CachedInstance]]:
@@ -94,13 +123,17 @@ def _batches(cache: Cache, n_instances: int) -> Iterator[list[CachedInstance]]:
 
 
 def _token_sets(batch: list[CachedInstance]) -> tuple[Tensor, Tensor]:
-    """Masks bool `[splits, n]` and dialogue numbers `[n]` of the tokens of a batch."""
+    """Masks bool `[sets, n]` of `TOKEN_SETS`, and dialogue numbers `[n]`, of the tokens of a batch."""
     types = np.concatenate([instance.token_types for instance in batch])
-    masks = torch.from_numpy(np.stack([select(types, split) for split in SPLITS]))
-    return masks, torch.repeat_interleave(torch.tensor([len(instance) for instance in batch]))
+    roles = turn_roles(types)
+    masks = [select(types, split) for split in SPLITS]
+    masks += [(types & TokenType.FIRST_POSITION) != 0, *(roles == role for role in ROLES.values())]
+    return torch.from_numpy(np.stack(masks)), torch.repeat_interleave(
+        torch.tensor([len(instance) for instance in batch])
+    )
 
 
-def _write(candidate: _Candidate, cache: Cache, n_instances: int) -> dict[str, Any]:
+def _write(candidate: _Candidate, cache: Cache, n_instances: int, with_model: dict[str, Any] | None) -> dict[str, Any]:
     result = {
         "sae": str(candidate.folder),
         "architecture": candidate.sae.architecture,
@@ -114,6 +147,7 @@ def _write(candidate: _Candidate, cache: Cache, n_instances: int) -> dict[str, A
             "dialogues": n_instances,
         },
         **candidate.metrics.result(),
+        **({"with_model": with_model} if with_model else {}),
     }
     write_json_atomic(candidate.folder / EVALUATION_FILE, result)
     return result

@@ -1,0 +1,116 @@
+"""What SAEs do to the language model: its loss with their reconstructions in the place of the residual stream.
+
+The loss at a token is that of predicting the next one; it belongs to the sets of the token whose residual is replaced, and
+the last token of a dialogue has none. Zero and mean ablation put zeros, or the mean of the evaluated tokens, in the place
+of the whole stream: an SAE that recovers the loss fully has a `loss_recovered` of 1, one that is no better than the ablation 0.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastcache.cache_format.reader import CachedInstance
+from fastcache.llm.splicing import SplicedModel
+from fastcache.progress import Progress
+from fastcache.sae.architectures import Sae
+from fastcache.sae.bootstrap import Sums, interval, resampled
+
+COLUMNS = ("n_tokens", "loss", "loss_zero", "loss_mean", "loss_spliced", "kl")
+"""Sums over the tokens of a dialogue in a set."""
+
+TokenSets = Callable[[CachedInstance], npt.NDArray[np.bool_]]
+"""Masks `[sets, n]` of a dialogue's tokens."""
+
+
+@dataclass
+class Spliced:
+    """An SAE at its place in the model."""
+
+    sae: Sae
+    hook_point: str
+    dialogues: list[Sums] = field(default_factory=list)
+    """`[sets, columns]` of each."""
+
+
+def measure(
+    saes: Sequence[Spliced],
+    model: SplicedModel,
+    means: dict[str, Tensor],
+    instances: Sequence[CachedInstance],
+    token_sets: TokenSets,
+    progress: Progress,
+) -> None:
+    """Run the dialogues through the model: as they are, ablated at each hook point, and with each SAE; fills `saes`.
+
+    `means` `[d_in]` by hook point.
+    """
+    with progress.task("evaluate with the model", len(instances), "dialogues") as task:
+        for instance in instances:
+            if len(instance) > 1:
+                _measure_one(saes, model, means, instance.token_ids, token_sets(instance)[:, :-1])
+            task.advance(1)
+
+
+def _measure_one(
+    saes: Sequence[Spliced],
+    model: SplicedModel,
+    means: dict[str, Tensor],
+    ids: npt.NDArray[np.int32],
+    masks: npt.NDArray[np.bool_],
+) -> None:
+    clean = model.log_probs(ids)[:-1]
+    following = torch.from_numpy(ids[1:].astype(np.int64)).to(clean.device)
+
+    def losses(log_probs: Tensor) -> Tensor:
+        return -log_probs[: len(following)].gather(1, following[:, None])[:, 0].double()
+
+    ablated: dict[str, list[Tensor]] = {}
+    for hook, mean in means.items():
+        zero = model.log_probs(ids, hook, torch.zeros_like)
+        ablated[hook] = [losses(zero), losses(model.log_probs(ids, hook, lambda x, mean=mean: mean.expand_as(x)))]  # type: ignore[misc]
+    for one in saes:
+        log_probs = model.log_probs(ids, one.hook_point, one.sae)[:-1]
+        kl = (clean.exp() * (clean - log_probs)).sum(1).double()
+        figures = [torch.ones_like(kl), losses(clean), *ablated[one.hook_point], losses(log_probs), kl]
+        one.dialogues.append(masks.astype(np.float64) @ torch.stack(figures, 1).cpu().numpy())
+
+
+def result_of(one: Spliced, names: Sequence[str]) -> dict[str, Any]:
+    """JSON-ready figures by set of tokens, with intervals of 95 % over dialogues (`bootstrap`); losses are in nats."""
+    by_dialogue = np.stack(one.dialogues)
+    totals = by_dialogue.sum(0)
+    samples = resampled(by_dialogue.reshape(len(by_dialogue), -1)).reshape(-1, *totals.shape)
+    splits: dict[str, Any] = {}
+    for i, name in enumerate(names):
+        splits[name] = {"n_tokens": int(totals[i, 0])}
+        if totals[i, 0]:
+            figures, spread = figures_of(totals[i]), figures_of(samples[:, i])
+            splits[name] |= {key: _number(value) for key, value in figures.items()}
+            splits[name]["intervals"] = {key: [_number(end) for end in interval(spread[key])] for key in spread}
+    return {"dialogues": len(by_dialogue), "splits": splits}
+
+
+def figures_of(totals: Sums) -> dict[str, Any]:
+    """Figures from totals `[..., columns]`."""
+    n, loss, zero, mean, spliced, kl = np.moveaxis(totals, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "loss": loss / n,
+            "loss_spliced": spliced / n,
+            "delta_loss": (spliced - loss) / n,
+            "kl": kl / n,
+            "loss_zero": zero / n,
+            "loss_mean": mean / n,
+            "loss_recovered": (zero - spliced) / (zero - loss),
+            "loss_recovered_from_mean": (mean - spliced) / (mean - loss),
+        }
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
