@@ -11,8 +11,9 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 demo: $(VENV)/.runs
 	$(BIN)/fastcache demo
 
+# A file of tests is one process's: files share fixtures. One thread each, or they wait for each other.
 test: $(VENV)/.develops
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-faults: $(VENV)/.develops
 	$(BIN)/python -m pytest -m "long or not long" tests/test_faults.py tests/test_attacks.py tests/test_verify.py \

@@ -24,13 +24,13 @@ def test_the_chosen_way_is_exact_enough(precision):
 
 
 def test_bfloat16_is_never_taken_for_float32(monkeypatch):
-    monkeypatch.setattr(products, "_time", lambda route, *_: 1.0 if route is PLAIN else 1e-3)
+    monkeypatch.setattr(products, "_times", lambda routes, *_: {r: 1.0 if r is PLAIN else 1e-3 for r in routes})
     assert choose_route("float32", CPU, 64, 256).dtype == torch.float32
     assert choose_route("bf16", CPU, 64, 256) is not PLAIN
 
 
 def test_a_switch_that_rounds_is_refused(monkeypatch):
-    monkeypatch.setattr(products, "_time", lambda route, *_: 1.0 if route is PLAIN else 1e-3)
+    monkeypatch.setattr(products, "_times", lambda routes, *_: {r: 1.0 if r is PLAIN else 1e-3 for r in routes})
     monkeypatch.setattr(products, "product_error", lambda route, _: 2e-3 if route is ROUTES["onednn"] else 2e-7)
     monkeypatch.setattr(products, "candidates", lambda _: [PLAIN, ROUTES["onednn"]])
     assert choose_route("float32", CPU, 64, 256) is PLAIN
@@ -39,7 +39,7 @@ def test_a_switch_that_rounds_is_refused(monkeypatch):
 
 
 def test_a_way_that_is_hardly_faster_is_left(monkeypatch):
-    monkeypatch.setattr(products, "_time", lambda route, *_: 1.0 if route is PLAIN else 0.95)
+    monkeypatch.setattr(products, "_times", lambda routes, *_: {r: 1.0 if r is PLAIN else 0.8 for r in routes})
     assert choose_route("bf16", CPU, 64, 256) is PLAIN
 
 

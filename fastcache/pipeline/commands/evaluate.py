@@ -11,12 +11,14 @@ from fastcache.stages.evaluate.config import EvaluateConfig
 
 HELP = """Measure SAEs on held-out dialogues: MSE by kind of token, FVU, L0, dead latents. No model is needed.
 
+With --with-model it is run too, with the reconstructions in its residual stream: loss added and recovered, KL.
 Writes evaluation.json into each SAE's folder.
 
 \b
 Examples:
   fastcache evaluate --sae DIR --cache fastcache-runs/cache-demo-fast-eval-layer-2
   fastcache evaluate --sae A --sae B --sae C --cache HELD_OUT_CACHE
+  fastcache evaluate --sae A --cache HELD_OUT_CACHE --with-model --model-instances 100
 """
 
 

@@ -19,6 +19,7 @@ Examples:
   fastcache report --sae A --sae B --html report.html
   fastcache report --sae SWEEP --watch 30
   fastcache report --sae A --cache CACHE --corpus CORPUS
+  fastcache report --sae SWEEP --format csv > table.csv
 """
 
 
@@ -27,8 +28,11 @@ Examples:
 def command(**given: Any) -> None:
     """Run the report stage."""
     config = resolve(ReportConfig, given)
-    from fastcache.stages.report.run import watch_report, write_report
+    from fastcache.stages.report.run import report_table, watch_report, write_report
 
+    if config.format != "html":
+        click.echo(report_table(config), nl=False)
+        return
     progress, html = RichProgress(Console()), Path(config.html).resolve()
     if config.watch is None:
         write_report(config)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from fastcache.config import option
 
+FORMATS = ("html", "csv", "json", "markdown")
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -17,6 +19,12 @@ class ReportConfig:
     title: str = option("fastcache report", help="Title of the page.")
     note: str = option("", help="A paragraph to stand under the title.")
     html: str = option("report.html", help="File to write.")
+    format: str = option(
+        "html",
+        choices=FORMATS,
+        help="html: the page. csv, json: every figure, a line for each SAE and set of tokens; markdown: a short table. "
+        "These are printed.",
+    )
     watch: float | None = option(
         None,
         help="Write the page anew every so many seconds, and let it reload itself, until all runs are done.",

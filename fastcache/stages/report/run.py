@@ -14,6 +14,7 @@ from fastcache.extras import require_packages
 from fastcache.files import write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
 from fastcache.stages.report.runs import Run, read_runs
+from fastcache.stages.report.tables import table
 
 MOST_SPIKES = 20
 """Of all runs, in the table."""
@@ -29,6 +30,11 @@ def write_report(config: ReportConfig) -> None:
     """Write the page; raises `InputError` for a folder that holds no SAE, finished or not."""
     require_report_packages()
     _write_page(config, read_runs(config.sae))
+
+
+def report_table(config: ReportConfig) -> str:
+    """The evaluated SAEs in the wanted format; raises `InputError` as `write_report`, and where none was evaluated."""
+    return table(read_runs(config.sae), config.format)
 
 
 def watch_report(config: ReportConfig, seconds: float) -> None:
