@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from fastcache.cache_format.schema import SPLITS
 from fastcache.pipeline.cli import main
 from fastcache.pipeline.demo import ARCHES, LAYERS, METHODS
 
@@ -26,7 +27,7 @@ def test_every_sae_is_evaluated_on_held_out_dialogues(demo):
     for evaluation in evaluations:
         assert evaluation["held_out"]["split"] == "eval"
         assert 0 < evaluation["splits"]["all"]["l0"] < evaluation["d_sae"]
-        assert all(figures["n_tokens"] for figures in evaluation["splits"].values())
+        assert all(evaluation["splits"][split]["n_tokens"] for split in SPLITS)
 
 
 def test_all_methods_are_trained_on_the_same_number_of_tokens(demo):

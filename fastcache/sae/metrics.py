@@ -50,9 +50,9 @@ class Metrics:
     def update(self, sae: Sae, x: Tensor, masks: Tensor, dialogues: Tensor) -> None:
         """Take in whole dialogues: x `[n, d_in]`, masks bool `[s, n]`, dialogue number of each token `[n]`, from 0."""
         latent_acts = sae.encode(x)
-        active = latent_acts != 0
+        active = (latent_acts != 0).float()  # as numbers: torch is slow at sums of booleans
         recon, wide = sae.decode(latent_acts).double(), x.double()
-        l0 = active.sum(1)
+        l0 = active.sum(1).long()
         self._count_latents(active)
         mask = masks.double()
         self._x_sum += mask @ wide
@@ -65,9 +65,10 @@ class Metrics:
             self._l0_counts[i] += np.bincount(l0[chosen].cpu().numpy(), minlength=self.d_sae + 1)
 
     def _count_latents(self, active: Tensor) -> None:
-        self._n_fired += active.sum(0)
-        place = active.int().argmax(0) + self._n_tokens
-        self._first_fired = torch.where(active.any(0), place.minimum(self._first_fired), self._first_fired)
+        fired = active.sum(0).long()
+        fresh = ((self._n_fired == 0) & (fired > 0)).nonzero()[:, 0]
+        self._first_fired[fresh] = active[:, fresh].argmax(0) + self._n_tokens
+        self._n_fired += fired
         self._n_tokens += len(active)
 
     def result(self) -> dict[str, Any]:
