@@ -1,5 +1,8 @@
 """Confidence intervals by resampling dialogues: tokens of one dialogue aren't independent of each other."""
 
+import math
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,3 +34,13 @@ def interval(values: Sums) -> tuple[float, float]:
     known = values[np.isfinite(values)]
     low, high = np.quantile(known, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
+
+
+def with_intervals(figures: dict[str, Any], samples: dict[str, Sums]) -> dict[str, Any]:
+    """JSON-ready: the figures, and under `intervals` the interval of each over its `samples`; None for what isn't finite."""
+    intervals = {name: [_finite(end) for end in interval(values)] for name, values in samples.items()}
+    return {**{name: _finite(value) for name, value in figures.items()}, "intervals": intervals}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -6,7 +6,6 @@ distance to the mean of the same tokens; explained variance is 1 - FVU. Cosine a
 tokens.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcache.sae.architectures import Sae
-from fastcache.sae.bootstrap import Sums, interval, resampled
+from fastcache.sae.bootstrap import Sums, resampled, with_intervals
 
 COLUMNS = ("n_tokens", "squared_error", "x_squared", "cosine", "relative_norm", "l0", "mse", "n_dialogues")
 """Of a dialogue and a set: sums over its tokens; then its own mean squared error, and 1 if it has tokens of the set."""
@@ -93,10 +92,9 @@ class Metrics:
         return {
             "n_tokens": int(n),
             "n_dialogues": int(totals[i, -1]),
-            **{key: _number(value) for key, value in figures.items()},
+            **with_intervals(figures, spread),
             "share_of_squared_error": float(error / totals[0, 1]) if totals[0, 1] else 0.0,
             "l0_quantiles": _quantiles(self._l0_counts[i]),
-            "intervals": {key: [_number(end) for end in interval(values)] for key, values in spread.items()},
         }
 
     def mean(self) -> Tensor:
@@ -133,10 +131,6 @@ def figures_of(totals: Sums, centre: float, d_in: int) -> dict[str, Any]:
         figures = {"mse": mse, "log2_mse": np.log2(mse), "mse_pooled": pooled, "log2_mse_pooled": np.log2(pooled)}
         fvu = np.where(spread > 0, error / spread, np.nan)
         return figures | {"fvu": fvu, "l0": l0 / n, "cosine": cosine / n, "relative_norm": relative / n}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _quantiles(counts: npt.NDArray[np.int64]) -> dict[str, int]:

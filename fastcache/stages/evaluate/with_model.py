@@ -5,7 +5,6 @@ the last token of a dialogue has none. Zero and mean ablation put zeros, or the 
 of the whole stream: an SAE that recovers the loss fully has a `loss_recovered` of 1, one that is no better than the ablation 0.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from fastcache.cache_format.reader import CachedInstance
 from fastcache.llm.splicing import SplicedModel
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
-from fastcache.sae.bootstrap import Sums, interval, resampled
+from fastcache.sae.bootstrap import Sums, resampled, with_intervals
 
 COLUMNS = ("n_tokens", "loss", "loss_zero", "loss_mean", "loss_spliced", "kl")
 """Sums over the tokens of a dialogue in a set."""
@@ -90,9 +89,7 @@ def result_of(one: Spliced, names: Sequence[str]) -> dict[str, Any]:
     for i, name in enumerate(names):
         splits[name] = {"n_tokens": int(totals[i, 0])}
         if totals[i, 0]:
-            figures, spread = figures_of(totals[i]), figures_of(samples[:, i])
-            splits[name] |= {key: _number(value) for key, value in figures.items()}
-            splits[name]["intervals"] = {key: [_number(end) for end in interval(spread[key])] for key in spread}
+            splits[name] |= with_intervals(figures_of(totals[i]), figures_of(samples[:, i]))
     return {"dialogues": len(by_dialogue), "splits": splits}
 
 
@@ -110,7 +107,3 @@ def figures_of(totals: Sums) -> dict[str, Any]:
             "loss_recovered": (zero - spliced) / (zero - loss),
             "loss_recovered_from_mean": (mean - spliced) / (mean - loss),
         }
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
