@@ -60,6 +60,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
     device = choose_device(config.device)
     candidates = [_load(Path(folder), cache, device) for folder in config.sae]
     hooks = sorted({candidate.info["hook_point"] for candidate in candidates})
+    source = _model_source(config, cache) if config.with_model else None
     n_instances = min(config.max_instances, cache.n_instances)
     with progress.task("evaluate", n_instances, "dialogues") as task:
         for batch in _batches(cache, n_instances):
@@ -69,23 +70,30 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
                 for candidate in (c for c in candidates if c.info["hook_point"] == hook):
                     candidate.metrics.update(candidate.sae, x, masks.to(device), dialogues.to(device))
             task.advance(len(batch))
-    spliced = (
-        _with_model(config, cache, candidates, device, progress) if config.with_model else [None] * len(candidates)
-    )
+    spliced = _with_model(config, source, cache, candidates, device, progress) if source else [None] * len(candidates)
     return [_write(one, cache, n_instances, with_model) for one, with_model in zip(candidates, spliced, strict=True)]
 
 
-def _with_model(
-    config: EvaluateConfig, cache: Cache, candidates: list[_Candidate], device: str, progress: Progress
-) -> list[dict[str, Any]]:
-    """The figures of `with_model.py` for each candidate."""
+def _model_source(config: EvaluateConfig, cache: Cache) -> ModelSource:
+    """The model that the cache was made with; raises `MismatchError` for another one."""
     identity = cache.manifest.identity["model"]
     source = ModelSource(config.model or identity["name"], identity.get("revision"), config.trust_remote_code)
-    found = differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""})
-    if found:
+    if found := differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""}):
         raise MismatchError(
             f"{cache.path} is of another model than {source.name!r} ({'; '.join(found)}). Give --model."
         )
+    return source
+
+
+def _with_model(
+    config: EvaluateConfig,
+    source: ModelSource,
+    cache: Cache,
+    candidates: list[_Candidate],
+    device: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The figures of `with_model.py` for each candidate."""
     saes = [Spliced(candidate.sae, candidate.info["hook_point"]) for candidate in candidates]
     means = {candidate.info["hook_point"]: candidate.metrics.mean() for candidate in candidates}
     model = SplicedModel(source, sorted(means), DTYPES[config.model_dtype], device)
