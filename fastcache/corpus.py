@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import dataset
 
 from fastcache.errors import FormatError, InputError, IntegrityError
 from fastcache.files import read_json, require_fields
@@ -45,6 +44,8 @@ class CorpusRow:
 
 
 def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow import dataset  # 40 MB, which only readers of rows need
+
     try:
         # Arrow's own memory pool keeps what it once had; the system's gives it back.
         pool = pa.system_memory_pool()

@@ -78,7 +78,6 @@ def test_steps_equal_autograd(name, dead):
 def test_training_goes_where_plain_training_goes(arch, decoder_norm, monkeypatch):
     plain, expected = trained(recipe_of(arch, plain=True, decoder_norm=decoder_norm), 3)
     monkeypatch.setattr(gpu, "trouble", lambda _device: None)
-    monkeypatch.setattr("fastcache.sae.fast.step.trouble", lambda _device: None)
     monkeypatch.setattr("fastcache.sae.fast.step.compiles", False)
     fast, figures = trained(recipe_of(arch, decoder_norm=decoder_norm), 3)
     assert fast._fast._by_triton

@@ -1,11 +1,13 @@
 """The whole language model, whose residual stream can be replaced on its way through."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import TokenIds
@@ -27,20 +29,17 @@ class SplicedModel:
         self._device = device
 
     @torch.inference_mode()
-    def log_probs(self, token_ids: TokenIds, hook_point: str | None = None, replace: Replace | None = None) -> Tensor:
-        """Log probabilities `[n, vocabulary]`, float32, of the token after each; `replace` is called at `hook_point`."""
+    def log_probs(self, token_ids: TokenIds, splice: tuple[str, Replace] | None = None) -> Tensor:
+        """Log probabilities `[n, vocabulary]`, float32, of the token after each; `splice`: where, and what to do there."""
+        ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(self._device)
+        with self._spliced(*splice) if splice else nullcontext():
+            logits = self._model(input_ids=ids, use_cache=False).logits[0]
+        return torch.log_softmax(logits.float(), dim=-1)
 
-        def splice(_module: Any, _inputs: Any, output: Any) -> Any:
+    def _spliced(self, hook_point: str, replace: Replace) -> RemovableHandle:
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             states = output[0] if isinstance(output, tuple) else output
-            assert replace  # noqa: S101
             new = replace(states[0].float()).to(states.dtype)[None]
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        handle = self._layers[layer_of(hook_point)].register_forward_hook(splice) if hook_point and replace else None
-        try:
-            ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(self._device)
-            logits = self._model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            if handle:
-                handle.remove()
-        return torch.log_softmax(logits.float(), dim=-1)
+        return self._layers[layer_of(hook_point)].register_forward_hook(hook)

@@ -13,6 +13,7 @@ from fastcache.cache_format.schema import SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS
 from fastcache.corpus import Corpus
 from fastcache.files import read_json, read_json_lines, require_fields
 from fastcache.progress import Progress
+from fastcache.stages.report.tables import figure, main_figures
 from fastcache.stages.train.config import ShuffleConfig
 from fastcache.stages.train.order import mixed_order
 from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
@@ -23,10 +24,6 @@ def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
-
-
-def _figure(value: float | None, places: int = 3) -> str:
-    return "-" if value is None else f"{value:,.{places}f}"
 
 
 def show_corpus(console: Console, path: Path, info: dict[str, Any]) -> None:
@@ -84,9 +81,9 @@ def _norms(hook: str, groups: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for group, figures in groups.items():
         if figures["count"]:
-            quantiles = [_figure(figures["norm_quantiles"][q], 2) for q in ("0.01", "0.5", "0.99")]
+            quantiles = [figure(figures["norm_quantiles"][q], 2) for q in ("0.01", "0.5", "0.99")]
             top = ", ".join(str(dimension) for dimension, _ in figures["top_dimensions"][:3])
-            count, mean = f"{figures['count']:,}", _figure(figures["norm_mean"], 2)
+            count, mean = f"{figures['count']:,}", figure(figures["norm_mean"], 2)
             table.add_row(SPLIT_TITLES.get(group, group), count, mean, *quantiles, top)
     return table
 
@@ -121,8 +118,8 @@ def show_shuffle(
     }
     for name, quality in orders.items():
         share = quality.distinct / comparison.permutation.distinct
-        drifts = [_figure(value) for value in quality.drift.values()]
-        table.add_row(name, _figure(quality.distinct, 0), _figure(share, 2), _figure(quality.inflation, 2), *drifts)
+        drifts = [figure(value) for value in quality.drift.values()]
+        table.add_row(name, figure(quality.distinct, 0), figure(share, 2), figure(quality.inflation, 2), *drifts)
     console.print(table)
     enough = None if comparison.good else enough_buffer(cache, config, instances, progress)
     progress.say(verdict(comparison, enough))
@@ -152,7 +149,7 @@ def show_sae(console: Console, path: Path) -> None:
     rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
     if lines := read_json_lines(path / "metrics.jsonl"):
         last = lines[-1]
-        figures = f"L0 {last['l0']:.1f}, FVU {_figure(last['fvu'], 4)}, dead {last['dead_latents']}"
+        figures = f"L0 {last['l0']:.1f}, FVU {figure(last['fvu'], 4)}, dead {last['dead_latents']}"
         rows.append((f"step {last['step']}", f"loss {last['loss']:.4g}, {figures}"))
     console.print(_facts(f"SAE {path}", rows))
 
@@ -165,15 +162,10 @@ def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> Non
     for name in ("data", "layer", "arch"):
         table.add_column(name, no_wrap=True)
     headers = ("all", "special", "special,\nnot first", "content")
-    spliced = [result["with_model"]["splits"]["all"] for result in evaluations if "with_model" in result]
-    for name in ("L0", "FVU", "dead", *headers, *(("LM loss,\nadded", "LM loss,\nrecovered") if spliced else ())):
+    has_model = any("with_model" in result for result in evaluations)
+    for name in ("L0", "FVU", "dead", *headers, *(("LM loss,\nadded", "LM loss,\nrecovered") if has_model else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for result in evaluations:
-        splits = result["splits"]
-        mse = [_figure(splits[split].get("log2_mse")) for split in SPLIT_TITLES]
         layer = result["hook_point"].rpartition(".")[2]
-        figures = [_figure(splits["all"]["l0"], 1), _figure(splits["all"]["fvu"], 4), f"{result['dead_share']:.1%}"]
-        with_model = result.get("with_model", {}).get("splits", {}).get("all", {})
-        losses = [_figure(with_model.get(name), 4) for name in ("delta_loss", "loss_recovered")] if spliced else []
-        table.add_row(result["trained_on"], layer, result["architecture"], *figures, *mse, *losses)
+        table.add_row(result["trained_on"], layer, result["architecture"], *main_figures(result, has_model))
     console.print(table)

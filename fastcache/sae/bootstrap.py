@@ -16,17 +16,18 @@ Sums = npt.NDArray[np.float64]
 
 
 def resampled(sums: Sums) -> Sums:
-    """Totals `[samples, columns]` of samples with replacement (Efron 1979) of dialogues with the sums `[dialogues, columns]`.
+    """Totals `[samples, ...]` of samples with replacement (Efron 1979) of dialogues with the sums `[dialogues, ...]`.
 
     The seed is fixed, so that equal data have equal intervals, and all columns see the same samples.
     """
     rng, n = np.random.default_rng(SEED), len(sums)
+    flat = sums.reshape(n, -1)
     at_once = max(1, MOST_WEIGHTS // n)
     totals = [
-        rng.multinomial(n, np.full(n, 1 / n), min(at_once, N_SAMPLES - first)) @ sums
+        rng.multinomial(n, np.full(n, 1 / n), min(at_once, N_SAMPLES - first)) @ flat
         for first in range(0, N_SAMPLES, at_once)
     ]
-    return np.concatenate(totals)
+    return np.concatenate(totals).reshape(-1, *sums.shape[1:])
 
 
 def interval(values: Sums) -> tuple[float, float]:

@@ -76,8 +76,7 @@ class Metrics:
         Intervals are of 95 %, over dialogues (`bootstrap`); in that of FVU the mean of the tokens is held.
         """
         by_dialogue = np.concatenate(self._dialogues)
-        totals, samples = by_dialogue.sum(0), resampled(by_dialogue.reshape(len(by_dialogue), -1))
-        samples = samples.reshape(-1, *totals.shape)
+        totals, samples = by_dialogue.sum(0), resampled(by_dialogue)
         splits = {name: self._split(i, totals, samples) for i, name in enumerate(self.splits)}
         dead = int((self._n_fired == 0).sum())
         latents = {"d_sae": self.d_sae, "dead_latents": dead, "dead_share": dead / self.d_sae}

@@ -9,9 +9,9 @@ from torch import Tensor
 from fastcache.sae.architectures import BatchTopKSae, JumpReluSae, Sae, StandardSae, StepFigures, StepInputs, TopKSae
 from fastcache.sae.architectures.base import l1_weights
 from fastcache.sae.architectures.single_path import SinglePathSae, revive_dead
+from fastcache.sae.fast import gpu
 from fastcache.sae.fast.buffers import Buffers
 from fastcache.sae.fast.dense import CompiledOps, Forward, TorchOps
-from fastcache.sae.fast.gpu import TritonOps, trouble
 from fastcache.sae.fast.products import PLAIN, Route
 from fastcache.sae.fast.sparse import Entries, Gradients, wins
 from fastcache.sae.fast.threads import compiles
@@ -45,8 +45,8 @@ class FastStep(ABC):
         self.route, self.sparse = route, self._compiles
         """`sparse`: whether the next step is to be. It follows from the steps before: keep it for a resumed run. The first
         one is, if there is room for its entries."""
-        self._ops: CompiledOps | TritonOps | TorchOps
-        self._by_triton = trouble(self._device) is None
+        self._ops: CompiledOps | gpu.TritonOps | TorchOps
+        self._by_triton = gpu.trouble(self._device) is None
         self._sae = sae
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class FastStep(ABC):
         if self._sae.W_enc.is_contiguous():
             self._sae.W_enc.data = self._sae.W_enc.data.T.contiguous().T
         compiled = self._compiles and self.route.dtype == torch.float32
-        others = TritonOps if self._by_triton else TorchOps
+        others = gpu.TritonOps if self._by_triton else TorchOps
         self._ops = CompiledOps(self._buffers) if compiled else others(self._buffers)
         with self.route.active(self._device):
             return self._step(x.contiguous(), inputs)

@@ -71,10 +71,10 @@ def _measure_one(
 
     ablated: dict[str, list[Tensor]] = {}
     for hook, mean in means.items():
-        zero = model.log_probs(ids, hook, torch.zeros_like)
-        ablated[hook] = [losses(zero), losses(model.log_probs(ids, hook, lambda x, mean=mean: mean.expand_as(x)))]  # type: ignore[misc]
+        zero = model.log_probs(ids, (hook, torch.zeros_like))
+        ablated[hook] = [losses(zero), losses(model.log_probs(ids, (hook, lambda x, mean=mean: mean.expand_as(x))))]  # type: ignore[misc]
     for one in saes:
-        log_probs = model.log_probs(ids, one.hook_point, one.sae)[:-1]
+        log_probs = model.log_probs(ids, (one.hook_point, one.sae))[:-1]
         kl = (clean.exp() * (clean - log_probs)).sum(1).double()
         figures = [torch.ones_like(kl), losses(clean), *ablated[one.hook_point], losses(log_probs), kl]
         one.dialogues.append(masks.astype(np.float64) @ torch.stack(figures, 1).cpu().numpy())
@@ -83,8 +83,7 @@ def _measure_one(
 def result_of(one: Spliced, names: Sequence[str]) -> dict[str, Any]:
     """JSON-ready figures by set of tokens, with intervals of 95 % over dialogues (`bootstrap`); losses are in nats."""
     by_dialogue = np.stack(one.dialogues)
-    totals = by_dialogue.sum(0)
-    samples = resampled(by_dialogue.reshape(len(by_dialogue), -1)).reshape(-1, *totals.shape)
+    totals, samples = by_dialogue.sum(0), resampled(by_dialogue)
     splits: dict[str, Any] = {}
     for i, name in enumerate(names):
         splits[name] = {"n_tokens": int(totals[i, 0])}

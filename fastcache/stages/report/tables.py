@@ -61,23 +61,25 @@ def _markdown(evaluations: list[tuple[str, Evaluation]]) -> str:
     names += ["LM loss added", "LM loss recovered"] if has_model else []
     lines = [names, ["---"] * 4 + ["---:"] * (len(names) - 4)]
     for name, evaluation in evaluations:
-        splits = evaluation["splits"]
-        spliced = evaluation.get("with_model", {}).get("splits", {}).get("all", {})
-        lines.append(
-            [
-                name.replace("|", "\\|"),
-                evaluation["hook_point"].rpartition(".")[2],
-                evaluation["architecture"],
-                evaluation["trained_on"],
-                _figure(splits["all"]["l0"], 1),
-                _figure(splits["all"]["fvu"], 4),
-                f"{evaluation['dead_share']:.1%}",
-                *(_figure(splits[split].get("log2_mse"), 3) for split in SPLIT_TITLES),
-                *(_figure(spliced.get(key), 4) for key in ("delta_loss", "loss_recovered") if has_model),
-            ]
-        )
+        layer = evaluation["hook_point"].rpartition(".")[2]
+        described = [name.replace("|", "\\|"), layer, evaluation["architecture"], evaluation["trained_on"]]
+        lines.append([*described, *main_figures(evaluation, has_model)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _figure(value: float | None, places: int) -> str:
+def main_figures(evaluation: Evaluation, has_model: bool) -> list[str]:
+    """L0, FVU, dead latents, log2 MSE by set of tokens and, with `has_model`, the LM loss added and recovered."""
+    splits = evaluation["splits"]
+    spliced = evaluation.get("with_model", {}).get("splits", {}).get("all", {})
+    return [
+        figure(splits["all"]["l0"], 1),
+        figure(splits["all"]["fvu"], 4),
+        f"{evaluation['dead_share']:.1%}",
+        *(figure(splits[split].get("log2_mse"), 3) for split in SPLIT_TITLES),
+        *(figure(spliced.get(key), 4) for key in ("delta_loss", "loss_recovered") if has_model),
+    ]
+
+
+def figure(value: float | None, places: int = 3) -> str:
+    """A number in a table; a dash where there is none."""
     return "-" if value is None else f"{value:,.{places}f}"
