@@ -100,10 +100,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def resolve(cls: type[T], given: dict[str, Any]) -> T:
-    """The settings `cls` from what click parsed; takes its own entries out of `given`."""
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that `text` is as YAML; raises `InputError` where it is none."""
     import yaml
 
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: the value is not YAML: {str(error).splitlines()[0]}.") from error
+
+
+def resolve(cls: type[T], given: dict[str, Any]) -> T:
+    """The settings `cls` from what click parsed; takes its own entries out of `given`."""
     values: dict[str, Any] = {}
     if config_file := given.pop("config_file"):
         values |= {str(key).replace("-", "_"): value for key, value in read_config(config_file).items()}
@@ -111,10 +119,7 @@ def resolve(cls: type[T], given: dict[str, Any]) -> T:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise InputError(f"--set {assignment}: expected KEY=VALUE, for example --set seed=7.")
-        try:
-            values[key.strip().replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {assignment}: the value is not YAML: {str(error).splitlines()[0]}.") from error
+        values[key.strip().replace("-", "_")] = parse_yaml(text, f"--set {assignment}")
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         value = given.pop(field.name)
         if value is not None and value != ():

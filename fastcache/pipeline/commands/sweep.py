@@ -11,19 +11,26 @@ from fastcache.errors import InputError
 from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import output_options, read_config
 from fastcache.pipeline.places import RUNS, slug
+from fastcache.pipeline.study import Study, is_study, read_study, scaled_training, with_settings
 
-HELP = """Train many SAEs in one pass over a cache.
+HELP = """Train many SAEs in one pass over a cache, or run a study.
 
 A grid gives every combination of its values; a file can also have a list of runs. All settings of `fastcache train`
 can be used, by name. Members that train on the same rows (layer, selection, batch size, buffer, shuffle seed) share the
 reading, the shuffle and the transfer; the seed of a grid is that of the weights. Each member has an output of its own, as
 of `train`. Run again, a sweep resumes; a member that fails doesn't stop the others.
 
+A file with `extract` is a study (docs/study.md): its corpora and caches are made first, one for each data method, and after
+the SAEs of all come their evaluation and a report. There --set takes names such as extract.model too; `fastcache plan` says
+what it costs.
+
 \b
 Examples:
   fastcache sweep --cache DIR --set arch=jumprelu --grid target_l0=16,32,64,128
   fastcache sweep --cache DIR --grid arch=topk,batchtopk --grid k=32,64 --grid seed=1,2 --memory 16GB
   fastcache sweep --cache DIR --config sweep.yaml --dry-run
+  fastcache sweep --config recipes/demo-study/demo-study.yaml
+  fastcache sweep --config recipes/fast-paper/qwen2.5-0.5b-instruct.yaml --scale 0.01
 
 \b
 sweep.yaml:
@@ -45,23 +52,36 @@ sweep.yaml:
 @click.option(
     "--memory", metavar="SIZE", help="What the sweep may take, such as 16GB.  [default: 80 % of what is free]"
 )
+@click.option("--scale", type=float, default=1.0, help="Take so many times the tokens, of a study in every stage.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
 @output_options
 def command(
     cache: str | None, config_file: Path | None, grid: tuple[str, ...], set_: tuple[str, ...], memory: str | None,
-    dry_run: bool, out: Path | None, fresh: bool,
+    scale: float, dry_run: bool, out: Path | None, fresh: bool,
 ) -> None:  # fmt: skip
-    """Run a sweep."""
+    """Run a sweep or a study."""
+    if not 0 < scale < float("inf"):
+        raise InputError(f"--scale {scale:g}: expected a number above 0.")
     values: dict[str, Any] = read_config(config_file) if config_file else {}
-    values["base"] = {**(values.get("base") or {}), **dict(_assignment(text, "--set") for text in set_)}
-    added = {key: text.split(",") for key, text in (_assignment(text, "--grid") for text in grid)}
-    values["grid"] = {**(values.get("grid") or {}), **added}
     values |= {name: given for name, given in (("cache", cache), ("memory", memory)) if given is not None}
+    added = {key: text.split(",") for key, text in (_assignment(text, "--grid") for text in grid)}
+    settings = dict(_assignment(text, "--set") for text in set_)
+    progress = RichProgress(Console())
+    if config_file and is_study(values):
+        study = read_study(config_file.stem, with_settings(values, settings, added), scale)
+        _run_study(study, dry_run, out or RUNS / slug(study.name), fresh, progress)
+        return
+    values["base"] = scaled_training({**(values.get("base") or {}), **settings}, scale)
+    values["runs"] = [scaled_training(run, scale) for run in values.get("runs") or []]
+    values["grid"] = scaled_training({**(values.get("grid") or {}), **added}, scale)
+    _run_sweep(values, dry_run, out, fresh, progress)
+
+
+def _run_sweep(values: dict[str, Any], dry_run: bool, out: Path | None, fresh: bool, progress: RichProgress) -> None:
     from fastcache.stages.train.sweep import plan_sweep, sweep
     from fastcache.stages.train.sweep_config import sweep_config
 
     config = sweep_config(values)
-    progress = RichProgress(Console())
     if dry_run:
         for line in [*plan_sweep(config).lines(), "Nothing was written."]:
             progress.say(line)
@@ -74,6 +94,20 @@ def command(
     states = [member["state"] for member in result["members"].values()]
     progress.say(f"{states.count('trained')} of {len(states)} SAEs are trained.")
     progress.say(f"Next: fastcache evaluate {_options(place, result)} --cache HELD_OUT_CACHE")
+
+
+def _run_study(study: Study, dry_run: bool, out: Path, fresh: bool, progress: RichProgress) -> None:
+    if dry_run:
+        from fastcache.pipeline.commands.plan import show_costs
+
+        show_costs([study], None, 1, progress)
+        return
+    from fastcache.pipeline.show import show_evaluations
+    from fastcache.pipeline.run_study import REPORT_FILE, run_study
+
+    progress.say(f"Study {study.name} in {out}: prepare, extract, train, evaluate, report.")
+    show_evaluations(progress.console, run_study(study, out, progress, fresh))
+    progress.say(f"Report: {(out / REPORT_FILE).resolve()}")
 
 
 def _assignment(text: str, option: str) -> tuple[str, str]:

@@ -1,0 +1,76 @@
+"""`fastcache plan`."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fastcache.errors import InputError
+from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.options import read_config
+from fastcache.pipeline.study import Study, is_study, read_study
+
+HELP = """Say what studies cost before they are run: SAEs, disk, arithmetic, hours.
+
+Arithmetic is that of the matrix products: of the model's layers up to the deepest one that is captured, and of the five
+products of every training step. Hours are at the speed of such products measured on this machine, or at --tflops of each
+device, times --devices: the least that they can take. For one cache, `train` and `sweep` have --dry-run.
+
+\b
+Examples:
+  fastcache plan recipes/demo-study/demo-study.yaml
+  fastcache plan recipes/fast-paper/*.yaml --tflops 400 --devices 8
+  fastcache plan recipes/fast-paper/*.yaml --scale 0.01
+"""
+
+
+@click.command(help=HELP)
+@click.argument(
+    "studies", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="STUDY..."
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Plan so many times the study's tokens.")
+@click.option("--tflops", type=float, help="TFLOP/s of a device.  [default: measured here]")
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices side by side.")
+def command(studies: tuple[Path, ...], scale: float, tflops: float | None, devices: int) -> None:
+    """Print the costs of studies."""
+    for name, value in (("--scale", scale), ("--tflops", tflops)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name} {value:g}: expected a number above 0.")
+    found = []
+    for path in studies:
+        values = read_config(path)
+        if not is_study(values):
+            raise InputError(f"{path} is no study: it has no `extract`. For a sweep: fastcache sweep --dry-run.")
+        found.append(read_study(path.stem, values, scale))
+    show_costs(found, tflops, devices, RichProgress(Console()))
+
+
+def show_costs(studies: list[Study], tflops: float | None, devices: int, progress: RichProgress) -> None:
+    """Print a line for each study, and one for all; speed is measured where `tflops` isn't given."""
+    from fastcache.pipeline.costs import costs, measured_speed
+
+    found = [costs(study) for study in studies]
+    speed = tflops * 1e12 if tflops else measured_speed()
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("study", no_wrap=True)
+    for name in ("SAEs", "caches", "disk, GB", "extraction,\nPFLOP", "training,\nPFLOP", "hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [
+        (one.n_saes, one.n_caches, one.cache_bytes / 1e9, one.extract_flop / 1e15, one.train_flop / 1e15,
+         one.hours(speed * devices))
+        for one in found
+    ]  # fmt: skip
+    for name, values in zip([one.name for one in found], rows, strict=True):
+        table.add_row(name, *map(_figure, values))
+    if len(found) > 1:
+        table.add_row("all", *map(_figure, map(sum, zip(*rows, strict=True))))
+    progress.console.print(table)
+    measured = "" if tflops else ", measured here"
+    progress.say(
+        f"Hours at {speed / 1e12:.3g} TFLOP/s{measured}, {devices} device{'s' if devices > 1 else ''}. Nothing was written."
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.3g}"

@@ -1,0 +1,184 @@
+"""A study in one file, from corpora to SAEs and their evaluation. `recipes/` has those of the paper."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcache.config import from_mapping, nearest
+from fastcache.errors import InputError
+from fastcache.pipeline.options import parse_yaml
+from fastcache.pipeline.places import HUB_ROWS
+from fastcache.stages.evaluate.config import EvaluateConfig
+from fastcache.stages.extract.config import ExtractConfig
+from fastcache.stages.prepare.config import PrepareConfig
+from fastcache.stages.train.sweep_config import SweepConfig, sweep_config
+
+METHODS = ("fast", "bt-f", "bt-p")
+KEYS = ("corpora", "extract", "methods", "train", "evaluate", "size", "title", "note", "memory")
+SWEEP_KEYS = ("base", "grid", "runs")
+LEFT_OUT = {"extract": ("method", "split", "corpus"), "evaluate": ("sae", "cache")}
+"""Settings that the study gives by its own structure."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What costs are reckoned from where the model can't be read."""
+
+    d_in: int
+    n_layers: int
+    parameters: int
+    """Of all decoder layers, without embeddings."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: for each data method a cache, from each cache the same SAEs, all measured on the same held-out dialogues."""
+
+    name: str
+    corpora: dict[str, PrepareConfig | Path]
+    """`chat`, and where a method needs it `text`: how it is prepared, or where it is."""
+    methods: tuple[str, ...]
+    extract: ExtractConfig
+    """Of the first method's cache."""
+    train: dict[str, Any]
+    """`base`, `grid` and `runs`, as in a sweep."""
+    evaluate: dict[str, Any]
+    size: ModelSize | None
+    title: str
+    note: str
+    memory: str | float | None
+
+    def cache(self, method: str, split: str, corpus: Path) -> ExtractConfig:
+        """How the cache of a method and split is made."""
+        return dataclasses.replace(self.extract, method=method, split=split, corpus=str(corpus))
+
+    @property
+    def caches(self) -> list[tuple[str, str]]:
+        """Method and split of each cache; the held-out one is the last."""
+        return [*((method, "train") for method in self.methods), ("fast", "eval")]
+
+    def members(self, cache: Path, tokens: int | None) -> SweepConfig:
+        """The SAEs of a cache; `tokens` are those of a run where the study doesn't say."""
+        base = {**({"tokens": tokens} if tokens else {}), **self.train["base"]}
+        layers = sorted(set(self.extract.layer))
+        grid = {**({"layer": layers} if len(layers) > 1 else {}), **self.train["grid"]}
+        runs = self.train["runs"] or [{}]
+        return sweep_config(
+            {"cache": str(cache), "memory": self.memory, "base": base, "grid": grid, "runs": runs}
+        )
+
+    def evaluation(self, saes: list[Path], cache: Path) -> EvaluateConfig:
+        """How the SAEs are measured."""
+        values = {**self.evaluate, "sae": [str(sae) for sae in saes], "cache": str(cache)}
+        return from_mapping(EvaluateConfig, values, f"{self.name}: evaluate")
+
+
+def is_study(values: Mapping[str, Any]) -> bool:
+    """Whether a file is a study, not a sweep of one cache."""
+    return "extract" in values
+
+
+def read_study(name: str, values: Mapping[str, Any], scale: float = 1.0) -> Study:
+    """The study in a mapping, everything in it `scale` times as large; raises `InputError` for what it can't be."""
+    for key in values:
+        if key not in KEYS:
+            raise InputError(f"{name}: there is no key {key!r}; there are {', '.join(KEYS)}.{nearest(key, KEYS)}")
+    sections = {key: _section(name, values, key) for key in ("corpora", "extract", "train", "evaluate", "size")}
+    for section, owned in LEFT_OUT.items():
+        if found := sorted(set(sections[section]) & set(owned)):
+            raise InputError(f"{name}: {section}: {found[0]} is given by the study itself. Leave it out.")
+    methods = values.get("methods") or METHODS
+    if not isinstance(methods, (list, tuple)) or not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
+        raise InputError(f"{name}: methods should be a list of some of {', '.join(METHODS)}, found {methods!r}.")
+    study = Study(
+        name=name,
+        corpora=_corpora(name, sections["corpora"], methods, scale),
+        methods=tuple(methods),
+        extract=from_mapping(ExtractConfig, _scaled(sections["extract"], ("tokens",), scale), f"{name}: extract"),
+        train=_training(name, sections["train"], scale),
+        evaluate=_scaled(
+            {"max_instances": EvaluateConfig.max_instances, **sections["evaluate"]},
+            ("max_instances", "model_instances"),
+            scale,
+        ),
+        size=from_mapping(ModelSize, sections["size"], f"{name}: size") if sections["size"] else None,
+        title=str(values.get("title") or name),
+        note=str(values.get("note") or ""),
+        memory=values.get("memory"),
+    )
+    study.members(Path("cache"), None)  # what is wrong is told before the first cache is made
+    study.evaluation([], Path("cache"))
+    return study
+
+
+def with_settings(values: Mapping[str, Any], settings: Mapping[str, str], grid: Mapping[str, list[str]]) -> dict[str, Any]:
+    """A study's mapping with settings from the command line: extract.model, evaluate.with_model, or one of training.
+
+    Values are YAML; `grid` is added to that of the training. Raises `InputError` for text that is none.
+    """
+    changed: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    train = dict(changed.get("train") or {})
+    train["base"], train["grid"] = dict(train.get("base") or {}), {**(train.get("grid") or {}), **grid}
+    for name, text in settings.items():
+        section, dot, key = name.rpartition(".")
+        target = changed.setdefault(section, {}) if dot else train["base"]
+        if not isinstance(target, dict):
+            raise InputError(f"--set {name}: {section} is no section of a study.")
+        target[key] = parse_yaml(text, f"--set {name}={text}")
+    return {**changed, "train": train}
+
+
+def _section(name: str, values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{name}: {key} should be a mapping, found {type(found).__name__}.")
+    return {str(inner).replace("-", "_"): value for inner, value in found.items()}
+
+
+def _corpora(
+    name: str, values: dict[str, Any], methods: tuple[str, ...], scale: float
+) -> dict[str, PrepareConfig | Path]:
+    needed = ("chat", "text") if "bt-p" in methods else ("chat",)  # the held-out cache is of dialogues, always
+    if set(values) - {"chat", "text"} or not set(needed) <= set(values):
+        raise InputError(f"{name}: corpora should have {' and '.join(needed)}, found {', '.join(values) or 'nothing'}.")
+    return {key: _corpus(f"{name}: corpora: {key}", values[key], scale) for key in needed}
+
+
+def _corpus(where: str, value: Any, scale: float) -> PrepareConfig | Path:
+    if isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, dict):
+        raise InputError(f"{where} should be a folder or settings of `fastcache prepare`, found {value!r}.")
+    config = from_mapping(PrepareConfig, value, where)
+    if scale < 1:
+        config = dataclasses.replace(config, max_rows=max(1, round(scale * (config.max_rows or HUB_ROWS))))
+    return config
+
+
+def _training(name: str, values: dict[str, Any], scale: float) -> dict[str, Any]:
+    for key in values:
+        if key not in SWEEP_KEYS:
+            raise InputError(f"{name}: train: there is no key {key!r}; there are {', '.join(SWEEP_KEYS)}.")
+    return {
+        "base": scaled_training(values.get("base") or {}, scale),
+        "grid": scaled_training(values.get("grid") or {}, scale),
+        "runs": [scaled_training(run, scale) for run in values.get("runs") or []],
+    }
+
+
+def scaled_training(settings: Any, scale: float) -> Any:
+    """Training settings, or what stands in their place in a file, with `scale` times the tokens."""
+    return _scaled(settings, ("tokens",), scale) if isinstance(settings, dict) else settings
+
+
+def _scaled(values: dict[str, Any], names: tuple[str, ...], scale: float) -> dict[str, Any]:
+    """`scale` times those named, and at least 1; what is no whole number is left for the check that names it."""
+
+    def times(value: Any) -> Any:
+        if isinstance(value, list):
+            return [times(one) for one in value]
+        return max(1, round(value * scale)) if isinstance(value, int) and scale != 1 else value
+
+    return {**values, **{name: times(values[name]) for name in names if name in values}}
