@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from fastcache.cache_format.schema import SPLITS
+from fastcache.cache_format.schema import METHODS, SPLITS
 from fastcache.pipeline.cli import main
-from fastcache.pipeline.demo import ARCHES, LAYERS, METHODS
+from fastcache.pipeline.demo import ARCHES, LAYERS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -22,7 +22,7 @@ def demo(tmp_path_factory):
 
 
 def test_every_sae_is_evaluated_on_held_out_dialogues(demo):
-    evaluations = [json.loads(path.read_text()) for path in demo.glob("sae-*/evaluation.json")]
+    evaluations = [json.loads(path.read_text()) for path in demo.glob("sae-*/*/evaluation.json")]
     assert len(evaluations) == len(METHODS) * len(LAYERS) * len(ARCHES)
     for evaluation in evaluations:
         assert evaluation["held_out"]["split"] == "eval"
@@ -31,7 +31,7 @@ def test_every_sae_is_evaluated_on_held_out_dialogues(demo):
 
 
 def test_all_methods_are_trained_on_the_same_number_of_tokens(demo):
-    tokens = {json.loads(path.read_text())["training"]["tokens"] for path in demo.glob("sae-*/sae.json")}
+    tokens = {json.loads(path.read_text())["training"]["tokens"] for path in demo.glob("sae-*/*/sae.json")}
     assert len(tokens) == 1
 
 
@@ -43,7 +43,7 @@ def test_near_duplicates_are_found(demo):
 
 def test_the_report_shows_the_evaluated_figures(demo):
     page = (demo / "report.html").read_text()
-    for path in demo.glob("sae-*/evaluation.json"):
+    for path in demo.glob("sae-*/*/evaluation.json"):
         evaluation = json.loads(path.read_text())
         assert f"<td>{evaluation['splits']['all']['fvu']:.4f}</td>" in page
 

@@ -21,6 +21,9 @@ MANIFEST_FILE = "manifest.json"
 LOG_FILE = "parts.jsonl"
 PARTS_FOLDER = "parts"
 
+METHODS = ("fast", "bt-f", "bt-p")
+"""Data methods of the paper, as a manifest names them."""
+
 TOKEN_ARRAYS: dict[str, str] = {
     "token_ids": "int32",
     "token_types": "uint8",

@@ -62,7 +62,7 @@ def _corpus(kind: str, corpus: PrepareConfig | Path, out: Path, progress: Progre
 def _extract(study: Study, corpora: dict[str, Path], out: Path, progress: Progress, fresh: bool) -> list[Path]:
     from fastcache.stages.extract.run import extract
 
-    places = []
+    places: list[Path] = []
     for method, split in study.caches:
         corpus = corpora["text" if method == "bt-p" else "chat"]
         place = cache_folder(out, method, split)

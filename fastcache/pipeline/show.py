@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastcache.cache_format.reader import Cache
-from fastcache.cache_format.schema import SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS
+from fastcache.cache_format.schema import SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS, layer_of
 from fastcache.corpus import Corpus
 from fastcache.files import read_json, read_json_lines, require_fields
 from fastcache.progress import Progress
@@ -159,13 +159,21 @@ def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> Non
     held_out = evaluations[0]["held_out"]
     title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}; log2 MSE (mean over dialogues) by kind of token"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("data", "layer", "arch"):
+    shown = sorted(evaluations, key=_place)
+    named = len({_place(result) for result in shown}) < len(shown)
+    for name in ("layer", "arch", "data", *(("SAE",) if named else ())):
         table.add_column(name, no_wrap=True)
     headers = ("all", "special", "special,\nnot first", "content")
     has_model = any("with_model" in result for result in evaluations)
     for name in ("L0", "FVU", "dead", *headers, *(("LM loss,\nadded", "LM loss,\nrecovered") if has_model else ())):
         table.add_column(name, justify="right", no_wrap=True)
-    for result in evaluations:
-        layer = result["hook_point"].rpartition(".")[2]
-        table.add_row(result["trained_on"], layer, result["architecture"], *main_figures(result, has_model))
-    console.print(table)
+    for result in shown:
+        names = [Path(result["sae"]).name] if named else []
+        table.add_row(*map(str, _place(result)), *names, *main_figures(result, has_model))
+    # In a file or a pipe all of it, whatever the width of a console would be.
+    width = console.width if console.is_terminal else max(console.width, console.measure(table).maximum)
+    console.print(table, width=width, crop=False)
+
+
+def _place(result: dict[str, Any]) -> tuple[int, str, str]:
+    return layer_of(result["hook_point"]), result["architecture"], result["trained_on"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcache.cache_format.schema import METHODS
 from fastcache.config import from_mapping, nearest
 from fastcache.errors import InputError
 from fastcache.pipeline.options import parse_yaml
@@ -15,7 +16,6 @@ from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.train.sweep_config import SweepConfig, sweep_config
 
-METHODS = ("fast", "bt-f", "bt-p")
 KEYS = ("corpora", "extract", "methods", "train", "evaluate", "size", "title", "note", "memory")
 SWEEP_KEYS = ("base", "grid", "runs")
 LEFT_OUT = {"extract": ("method", "split", "corpus"), "evaluate": ("sae", "cache")}
@@ -65,9 +65,7 @@ class Study:
         layers = sorted(set(self.extract.layer))
         grid = {**({"layer": layers} if len(layers) > 1 else {}), **self.train["grid"]}
         runs = self.train["runs"] or [{}]
-        return sweep_config(
-            {"cache": str(cache), "memory": self.memory, "base": base, "grid": grid, "runs": runs}
-        )
+        return sweep_config({"cache": str(cache), "memory": self.memory, "base": base, "grid": grid, "runs": runs})
 
     def evaluation(self, saes: list[Path], cache: Path) -> EvaluateConfig:
         """How the SAEs are measured."""
@@ -94,7 +92,7 @@ def read_study(name: str, values: Mapping[str, Any], scale: float = 1.0) -> Stud
         raise InputError(f"{name}: methods should be a list of some of {', '.join(METHODS)}, found {methods!r}.")
     study = Study(
         name=name,
-        corpora=_corpora(name, sections["corpora"], methods, scale),
+        corpora=_corpora(name, sections["corpora"], tuple(methods), scale),
         methods=tuple(methods),
         extract=from_mapping(ExtractConfig, _scaled(sections["extract"], ("tokens",), scale), f"{name}: extract"),
         train=_training(name, sections["train"], scale),
@@ -113,7 +111,9 @@ def read_study(name: str, values: Mapping[str, Any], scale: float = 1.0) -> Stud
     return study
 
 
-def with_settings(values: Mapping[str, Any], settings: Mapping[str, str], grid: Mapping[str, list[str]]) -> dict[str, Any]:
+def with_settings(
+    values: Mapping[str, Any], settings: Mapping[str, str], grid: Mapping[str, list[str]]
+) -> dict[str, Any]:
     """A study's mapping with settings from the command line: extract.model, evaluate.with_model, or one of training.
 
     Values are YAML; `grid` is added to that of the training. Raises `InputError` for text that is none.

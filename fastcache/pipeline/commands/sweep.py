@@ -102,8 +102,8 @@ def _run_study(study: Study, dry_run: bool, out: Path, fresh: bool, progress: Ri
 
         show_costs([study], None, 1, progress)
         return
-    from fastcache.pipeline.show import show_evaluations
     from fastcache.pipeline.run_study import REPORT_FILE, run_study
+    from fastcache.pipeline.show import show_evaluations
 
     progress.say(f"Study {study.name} in {out}: prepare, extract, train, evaluate, report.")
     show_evaluations(progress.console, run_study(study, out, progress, fresh))

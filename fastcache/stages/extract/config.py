@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fastcache.cache_format.schema import METHODS
 from fastcache.config import option
 
 FREE_ON_RESUME = (
@@ -24,7 +25,7 @@ class ExtractConfig:
         "Default: allenai/tulu-3-sft-mixture, or the demo corpus for the demo model.",
     )
     split: str = option("train", help="Split of the corpus; `eval` makes the held-out cache.")
-    method: str = option("fast", choices=("fast", "bt-f", "bt-p"), help="Data method of the paper.")
+    method: str = option("fast", choices=METHODS, help="Data method of the paper.")
     tokens: int = option(
         40_960_000,
         help="Tokens of the cache. Blocks (bt-f, bt-p) have exactly so many; fast stops before the dialogue that would "

@@ -1,7 +1,5 @@
 """How long the kept rows are, for the corpus page: counted in bounded memory, drawn as SVG."""
 
-import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +13,13 @@ import pyarrow.parquet as pq
 
 from fastcache.corpus import Corpus
 from fastcache.errors import IntegrityError
+from fastcache.svg import page_style, panels, to_svg
 
 SAMPLE_ROWS = 200_000
 LARGEST = 2**22  # lengths are counted one by one up to here; longer ones as this
 FEW = 64  # so many lengths at most get a bar each
 ROLE_COLOURS = {"user": "#1c7ed6", "assistant": "#d9480f", "system": "#5c940d", "tool": "#9c36b5"}
 BAR_COLOUR = "#1c7ed6"
-INK = "#010203"  # replaced by the page's text colour
 TURNS, DIALOGUES, DOCUMENTS = "turns per dialogue", "words per dialogue", "words per document"
 
 Numbers = npt.NDArray[np.int64]
@@ -121,22 +119,12 @@ def _word_counts(texts: pa.Array) -> Numbers:
 
 def plot_lengths(lengths: dict[str, Lengths], tokens: dict[str, Any] | None) -> str:
     """Histograms as SVG text that takes the page's colours, so that dark and light both work."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     whole = [name for name in (TURNS, DIALOGUES, DOCUMENTS) if name in lengths]
     by_role = {role: lengths[_of_role(role)] for role in ROLE_COLOURS if _of_role(role) in lengths}
     n_panels = len(whole) + bool(by_role) + bool(tokens)
     n_columns = n_panels if n_panels < 4 else 2
-    n_lines = -(-n_panels // n_columns)
-    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = {"svg.fonttype": "none", "svg.hashsalt": "fastcache", "font.family": "sans-serif", "font.size": 9}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False}
-    with mpl.rc_context({**style, "figure.facecolor": "none", **dict.fromkeys(inks, INK)}):
-        figure = Figure(
-            figsize=(max(8.4, 3.5 * n_columns), 2.7 * n_lines), layout="constrained"
-        )  # not pyplot: no state left behind
-        axes = [figure.add_subplot(n_lines, n_columns, place) for place in range(1, n_panels + 1)]
+    with page_style():
+        figure, axes = panels(n_panels, n_columns, max(8.4 / n_columns, 3.5), 2.7)
         for ax, name in zip(axes, whole, strict=False):
             edges, counts = lengths[name].bars()
             few = lengths[name].largest <= FEW
@@ -156,11 +144,8 @@ def plot_lengths(lengths: dict[str, Lengths], tokens: dict[str, Any] | None) -> 
             n_bars = int(np.flatnonzero(counts).max(initial=0)) + 1
             axes[-1].stairs(counts[:n_bars], edges[: n_bars + 1], fill=True, color=BAR_COLOUR)
             _label(axes[-1], "tokens per row", "rows", True)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*" ', r"\1\2", text, count=1)
+        figure.tight_layout()
+        return to_svg(figure)
 
 
 def _label(ax: Any, name: str, unit: str, logarithmic: bool) -> None:

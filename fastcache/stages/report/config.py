@@ -25,6 +25,9 @@ class ReportConfig:
         help="html: the page. csv, json: every figure, a line for each SAE and set of tokens; markdown: a short table. "
         "These are printed.",
     )
+    compare: str | None = option(
+        None, choices=("paper",), help="paper: put the values that the FAST paper published beside those of its SAEs."
+    )
     watch: float | None = option(
         None,
         help="Write the page anew every so many seconds, and let it reload itself, until all runs are done.",

@@ -1,210 +1,157 @@
-"""The report's plots, as SVG text that takes the page's colours, so that dark and light both work."""
+"""Plots of evaluated SAEs, by place and architecture. Intervals are those of the evaluations, of 95 % over dialogues."""
 
-import io
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import nan
+from collections.abc import Sequence
 
-import matplotlib as mpl
-
-mpl.use("agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.colors import hsv_to_rgb, to_hex
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from fastcache.stages.report.runs import Evaluation, Run
+from fastcache.stages.report.curves import distinct_colours
+from fastcache.stages.report.runs import Evaluation
+from fastcache.stages.report.series import LOSS_RECOVERED, Measure, Panel, Series, fvu
+from fastcache.svg import GREY, legend_above, page_style, panels, plain_ticks, to_svg
 
 METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
-OTHER_COLOUR = "#868e96"
-MARKERS = {"standard": "o", "jumprelu": "^"}
-INK = "#010203"  # replaced by the page's text colour
-
-COLOURS = ("#d9480f", "#1c7ed6", "#5c940d", "#ae3ec9", "#e0a100", "#0ca678", "#868e96", "#e64980")
-CURVE_TITLES = {"loss": "loss", "fvu": "FVU of the batch", "l0": "L0", "dead_latents": "dead latents, share"}
-MOST_ROWS = 8
-MOST_SPIKES = 20
-"""Of a run, in its plot; the largest."""
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+"""Of the series of one method, in turn."""
+FVU = fvu("all", "FVU")
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    settings = {
-        "svg.fonttype": "none",
-        "text.parse_math": False,  # a name may hold a dollar
-        "svg.hashsalt": "fastcache",
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "legend.frameon": False,
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    }
-    with mpl.rc_context(settings):
-        yield
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*" ', r"\1\2", text, count=1)
-
-
-def _grid(n: int, width: float = 4.2, height: float = 2.7) -> tuple[Figure, list[Axes]]:
-    columns = min(n, 2)
-    rows = -(-n // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    flat = list(axes.flat)
-    for unused in flat[n:]:
-        unused.set_visible(False)
-    return figure, flat
-
-
-def _panels(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    return sorted({(e["architecture"], e["hook_point"]) for e in evaluations}, key=lambda panel: (panel[1], panel[0]))
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """0.05 instead of 5 x 10^-2, and a few of them, on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    labels, handles = zip(*dict(zip(labels, handles, strict=True)).items(), strict=True)  # each label once
-    above = 1 + 0.3 / figure.get_figheight()  # inches, so that it clears the titles whatever the number of rows
-    figure.legend(handles, labels, loc="upper center", ncols=max(1, len(labels)), bbox_to_anchor=(0.5, above))
-
-
-def error_by_tokens(evaluations: list[Evaluation], titles: dict[str, str]) -> str:
-    """log2 MSE by set of tokens, a panel for each architecture and layer, a colour for each method."""
-    with _style():
-        panels = _panels(evaluations)
-        figure, axes = _grid(len(panels))
-        for ax, (architecture, hook) in zip(axes, panels, strict=False):
-            members = [e for e in evaluations if (e["architecture"], e["hook_point"]) == (architecture, hook)]
-            width = 0.5 / len(members)
-            for i, evaluation in enumerate(members):
-                method = evaluation["trained_on"]
-                points = [
-                    (x + (i - (len(members) - 1) / 2) * width, evaluation["splits"][split]["log2_mse"])
-                    for x, split in enumerate(titles)
-                    if evaluation["splits"][split].get("log2_mse") is not None
-                ]
-                # Points, not bars: a logarithm has no zero for a bar to stand on.
-                ax.scatter(
-                    *zip(*points, strict=True), s=38, color=METHOD_COLOURS.get(method, OTHER_COLOUR), label=method
-                )
-            ax.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles.values()])
-            ax.grid(axis="y", color=OTHER_COLOUR, alpha=0.25, linewidth=0.6)
-            ax.set_xlim(-0.5, len(titles) - 0.5)
-            ax.set_title(f"{architecture}, {hook}")
-            ax.set_ylabel("log2 MSE")
-        _legend(figure, axes[0])
+def against_l0(found: list[Panel]) -> str:
+    """FVU, and where it was measured the LM loss recovered, against L0: a line for each series, a bar over its seeds."""
+    measures = [FVU]
+    if any(series.points(LOSS_RECOVERED) for panel in found for series in panel.series):
+        measures.append(LOSS_RECOVERED)
+    with page_style():
+        figure, axes = panels(len(found) * len(measures), 2, 4.2, 2.9)
+        places = [(panel, measure) for panel in found for measure in measures]
+        for ax, (panel, measure) in zip(axes, places, strict=True):
+            _curves(ax, panel, measure)
+        legend_above(figure, axes)
         figure.tight_layout()
-        return _svg(figure)
+        return to_svg(figure)
 
 
-def error_against_l0(evaluations: list[Evaluation]) -> str:
-    """Scatter of FVU against L0, a panel a layer: what an SAE's error costs in active latents."""
-    with _style():
-        hooks = sorted({e["hook_point"] for e in evaluations})
-        figure, axes = _grid(len(hooks))
-        for ax, hook in zip(axes, hooks, strict=False):
-            for evaluation in (e for e in evaluations if e["hook_point"] == hook):
-                method, architecture, figures = (
-                    evaluation["trained_on"],
-                    evaluation["architecture"],
-                    evaluation["splits"]["all"],
-                )
-                colour = METHOD_COLOURS.get(method, OTHER_COLOUR)
-                ax.scatter(
-                    figures["l0"], figures["fvu"], s=46, color=colour, marker=MARKERS.get(architecture, "s"),
-                    alpha=0.85, label=f"{method} {architecture}",
-                )  # fmt: skip
-            ax.set_title(hook)
-            ax.set_xscale("log")
-            _plain_ticks(ax.xaxis)
-            ax.set_yscale("log")
-            _plain_ticks(ax.yaxis)
-            ax.set_xlabel("L0 (active latents per token)")
-            ax.set_ylabel("FVU")
-        _legend(figure, axes[0])
+def _curves(ax: Axes, panel: Panel, measure: Measure) -> None:
+    for (colour, marker), series in zip(_looks(panel.series), panel.series, strict=True):
+        points = series.points(measure)
+        if not points:
+            continue
+        l0, values, low, high = zip(*points, strict=True)
+        seeds = [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
+        style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.2, "alpha": 0.9}
+        ax.errorbar(l0, values, seeds, label=series.label, elinewidth=1, **style)
+    if panel.l0:
+        ax.axvline(panel.l0, color=GREY, linewidth=0.8, linestyle=":")
+    if all(point.l0 > 0 for series in panel.series for point in series.points(measure)):
+        ax.set_xscale("log")
+        plain_ticks(ax.xaxis)
+    if measure.logarithmic:
+        ax.set_yscale("log")
+        plain_ticks(ax.yaxis)
+    ax.set_title(panel.title)
+    ax.set_xlabel("L0 (active latents per token)")
+    ax.set_ylabel(measure.title)
+
+
+def _looks(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """Colour and marker of each: the colour is the method's, the marker tells series of one method apart."""
+    others = [each.method for each in series if each.method not in METHOD_COLOURS]
+    colours = {**dict(zip(others, distinct_colours(len(others)), strict=True)), **METHOD_COLOURS}
+    seen: dict[str, int] = {}
+    looks = []
+    for each in series:
+        number = seen.setdefault(each.method, 0)
+        seen[each.method] += 1
+        looks.append((colours[each.method], MARKERS[number % len(MARKERS)]))
+    return looks
+
+
+def error_by_tokens(found: list[Panel], titles: dict[str, str]) -> str:
+    """log2 MSE of every SAE by set of tokens, with its interval, in its method's colour."""
+    with page_style():
+        figure, axes = panels(len(found), 2, 4.2, 2.7)
+        for ax, panel in zip(axes, found, strict=True):
+            members = [(look, series, run) for look, series in zip(_looks(panel.series), panel.series, strict=True)
+                       for run in series.runs]  # fmt: skip
+            width = 0.6 / len(members)
+            for i, ((colour, marker), series, run) in enumerate(members):
+                shift = (i - (len(members) - 1) / 2) * width
+                _intervals(ax, run.evaluated, "log2_mse", titles, shift, series.label, colour, marker)
+            _sets_of_tokens(ax, panel, titles, "log2 MSE")
+        legend_above(figure, axes)
         figure.tight_layout()
-        return _svg(figure)
+        return to_svg(figure)
 
 
-def run_colours(runs: list[Run]) -> list[str]:
-    """A colour for each run; those of a panel differ."""
-    return [colour for panel in _run_panels(runs).values() for colour in _colours(len(panel))]
+def _intervals(
+    ax: Axes, evaluation: Evaluation, name: str, titles: dict[str, str], shift: float, label: str, colour: str, marker: str
+) -> None:  # fmt: skip
+    """Points, not bars: a logarithm has no zero for a bar to stand on."""
+    places, values, errors = _with_errors(evaluation, name, titles)
+    places = [place + shift for place in places]
+    ax.errorbar(places, values, errors, fmt=marker, markersize=4, color=colour, elinewidth=0.9, label=label)
 
 
-def _colours(n: int) -> tuple[str, ...]:
-    if n <= len(COLOURS):
-        return COLOURS[:n]
-    return tuple(to_hex(hsv_to_rgb((0.85 * i / n, 0.75, 0.82))) for i in range(n))  # from red to magenta
-
-
-def _run_panels(runs: list[Run]) -> dict[str, list[int]]:
-    """Numbers of the runs of one architecture and place; all together where that would be too many panels."""
-    panels: dict[str, list[int]] = {}
-    for number, run in enumerate(runs):
-        panels.setdefault(f"{run.arch}, {run.place}", []).append(number)
-    return panels if len(panels) <= MOST_ROWS else {f"{len(runs)} SAEs": list(range(len(runs)))}
-
-
-def training_curves(runs: list[Run]) -> str:
-    """Curves of the training batches: a row for each architecture and place, a column for each figure, spikes crossed."""
-    colours = run_colours(runs)
-    panels = {title: [n for n in numbers if runs[n].lines] for title, numbers in _run_panels(runs).items()}
-    panels = {title: numbers for title, numbers in panels.items() if numbers}
-    with _style():
-        figure, rows = plt.subplots(
-            len(panels), len(CURVE_TITLES), figsize=(3.1 * len(CURVE_TITLES), 2.3 * len(panels) + 0.3), squeeze=False
-        )
-        for axes, (title, numbers) in zip(rows, panels.items(), strict=True):
-            width = 1.4 if len(numbers) <= len(COLOURS) else 0.7
-            for ax, (name, label) in zip(axes, CURVE_TITLES.items(), strict=True):
-                for number in numbers:
-                    _curve(ax, name, runs[number], colours[number], width, f"{name}-r{number}")
-                if name != "dead_latents":
-                    ax.set_yscale("log")
-                    _plain_ticks(ax.yaxis)
-                ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-                ax.set_title(label)
-            axes[0].set_ylabel(title)
-        for ax in rows[-1]:
-            ax.set_xlabel("training tokens")
-        figure.tight_layout()
-        return _rounded(_svg(figure))
-
-
-def _curve(ax: Axes, name: str, run: Run, colour: str, width: float, gid: str) -> None:
-    scale = 1 / run.settings["d_sae"] if name == "dead_latents" and run.settings.get("d_sae") else 1
-    # None, and 0 on a logarithmic axis, are gaps.
-    values = [
-        line[name] * scale if line[name] or (line[name] == 0 and name == "dead_latents") else nan for line in run.lines
+def _with_errors(
+    evaluation: Evaluation, name: str, titles: dict[str, str]
+) -> tuple[list[float], list[float], list[list[float]]]:
+    """Places of the sets that have the figure, its values, and how far its interval goes below and above."""
+    known = [
+        (float(place), split[name], [end if end is not None else split[name] for end in split["intervals"][name]])
+        for place, split in enumerate(evaluation["splits"][tokens] for tokens in titles)
+        if split.get(name) is not None
     ]
-    ax.plot([line["step"] * run.batch_size for line in run.lines], values, color=colour, linewidth=width, gid=gid)
-    if name == "loss" and run.spikes:
-        shown = sorted(run.spikes, key=lambda spike: -spike["loss"])[:MOST_SPIKES]
-        ax.scatter(
-            [spike["step"] * run.batch_size for spike in shown], [spike["loss"] for spike in shown], s=22, color=colour,
-            marker="x", linewidth=1, gid=f"spikes-r{gid.rpartition('-r')[2]}",
-        )  # fmt: skip
+    below = [max(0.0, value - low) for _, value, (low, _) in known]
+    above = [max(0.0, high - value) for _, value, (_, high) in known]
+    return [place for place, _, _ in known], [value for _, value, _ in known], [below, above]
 
 
-def _rounded(svg: str) -> str:
-    """With hundredths of a point in paths: curves take half the bytes."""
-    return re.sub(r' d="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
+def _sets_of_tokens(ax: Axes, panel: Panel, titles: dict[str, str], label: str) -> None:
+    ax.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles.values()])
+    ax.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.set_xlim(-0.5, len(titles) - 0.5)
+    ax.set_title(panel.title)
+    ax.set_ylabel(label)
+
+
+def fvu_by_tokens(found: list[Panel], titles: dict[str, str]) -> str:
+    """Bars of FVU by set of tokens, of each series' SAE that is nearest to the panel's L0."""
+    with page_style():
+        figure, axes = panels(len(found), 2, 4.2, 2.7)
+        for ax, panel in zip(axes, found, strict=True):
+            width = 0.8 / len(panel.series)
+            for i, ((colour, _), series) in enumerate(zip(_looks(panel.series), panel.series, strict=True)):
+                places, values, errors = _with_errors(series.nearest(panel.l0).evaluated, "fvu", titles)
+                shift = (i - (len(panel.series) - 1) / 2) * width
+                places = [place + shift for place in places]
+                fade = 1 - 0.6 * [each.label for each in panel.series if each.method == series.method].index(
+                    series.label
+                ) / len(panel.series)
+                bars = {"color": colour, "alpha": fade, "label": series.label, "error_kw": {"elinewidth": 0.9}}
+                ax.bar(places, values, width, yerr=errors, ecolor=GREY, **bars)
+            _sets_of_tokens(ax, panel, titles, "FVU")
+        legend_above(figure, axes)
+        figure.tight_layout()
+        return to_svg(figure)
+
+
+def densities(found: list[Panel]) -> str:
+    """How many latents are active on which share of the tokens, of each series' SAE that is nearest to the panel's L0."""
+    with page_style():
+        figure, axes = panels(len(found), 2, 4.2, 2.4)
+        for ax, panel in zip(axes, found, strict=True):
+            for i, ((colour, _), series) in enumerate(zip(_looks(panel.series), panel.series, strict=True)):
+                evaluation = series.nearest(panel.l0).evaluated
+                density, style = evaluation.get("density"), ("-", "--", ":", "-.")
+                if density:
+                    same = sum(each.method == series.method for each in panel.series[:i])
+                    ax.stairs(
+                        [count / evaluation["d_sae"] for count in density["counts"]], density["log10_edges"],
+                        color=colour, linewidth=1.3, linestyle=style[same % len(style)], label=series.label,
+                    )  # fmt: skip
+            ax.set_title(panel.title)
+            ax.set_xlabel("log10 of the share of tokens")
+            ax.set_ylabel("share of latents")
+        legend_above(figure, axes)
+        figure.tight_layout()
+        return to_svg(figure)

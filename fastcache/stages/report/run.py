@@ -13,9 +13,15 @@ from fastcache.errors import InputError
 from fastcache.extras import require_packages
 from fastcache.files import write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
+from fastcache.stages.report.paper import compared
 from fastcache.stages.report.runs import Run, read_runs
+from fastcache.stages.report.series import Panel, at_equal_l0, best, panels
 from fastcache.stages.report.tables import table
 
+L0_CAPTION = (
+    "Lower FVU at the same L0 is better. A line joins SAEs that differ in sparsity alone; bars reach from the lowest to the "
+    "highest seed. The dotted line is the L0 at which they are compared."
+)
 MOST_SPIKES = 20
 """Of all runs, in the table."""
 Speeds = dict[Path, float]
@@ -34,7 +40,8 @@ def write_report(config: ReportConfig) -> None:
 
 def report_table(config: ReportConfig) -> str:
     """The evaluated SAEs in the wanted format; raises `InputError` as `write_report`, and where none was evaluated."""
-    return table(read_runs(config.sae), config.format)
+    runs = read_runs(config.sae)
+    return table(runs, config.format, compared(runs) if config.compare else [])
 
 
 def watch_report(config: ReportConfig, seconds: float) -> None:
@@ -63,11 +70,11 @@ def _write_page(
     """`reloads`: seconds until the page loads itself again; `speeds`: tokens a second, by folder."""
     import jinja2
 
-    from fastcache.stages.report import plots
+    from fastcache.stages.report import curves
 
     evaluations = [run.evaluation for run in runs if run.evaluation]
-    if len({(e["held_out"]["fingerprint"], e["held_out"]["dialogues"]) for e in evaluations}) > 1:
-        raise InputError("These SAEs were evaluated on different held-out dialogues; evaluate them together first.")
+    _require_same_dialogues(runs)
+    found, done = panels(runs), all(run.is_done for run in runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -79,9 +86,9 @@ def _write_page(
         evaluations=[{**run.evaluation, "name": run.name} for run in runs if run.evaluation],
         named=len({(e["hook_point"], e["architecture"], e["trained_on"]) for e in evaluations}) < len(evaluations),
         runs=runs,
-        colours=plots.run_colours(runs),
+        colours=curves.run_colours(runs),
         states=Counter(run.state for run in runs),
-        done=all(run.is_done for run in runs),
+        done=done,
         reloads=reloads,
         speeds=speeds or {},
         now=time.time(),
@@ -90,17 +97,45 @@ def _write_page(
         caches=[_cache(Path(path)) for path in config.cache],
         corpora=[(path, Corpus(Path(path)).info) for path in config.corpus],
         settings=_settings(runs),
-        curves=plots.training_curves(runs) if any(run.lines for run in runs) else None,
-        plots=[
-            ("Error by kind of token", "mse", plots.error_by_tokens(evaluations, SPLIT_TITLES)),
-            ("Error against sparsity", "l0", plots.error_against_l0(evaluations)),
-        ]
-        if evaluations
-        else [],
+        curves=curves.training_curves(runs) if any(run.lines for run in runs) else None,
+        panels=found,
+        at_equal_l0=[(panel, at_equal_l0(panel, SPLIT_TITLES)) for panel in found if panel.l0],
+        best=best,
+        published=compared(runs) if config.compare and (done or evaluations) else [],
+        plots=_plots(found) if found else [],
     )
     path = Path(config.html)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(path, page.encode())
+
+
+def _require_same_dialogues(runs: list[Run]) -> None:
+    held_out: dict[str, set[Any]] = {}
+    for run in runs:
+        if run.evaluation:
+            of = run.evaluation["held_out"]
+            held_out.setdefault(run.model, set()).add((of["fingerprint"], of["dialogues"]))
+    if any(len(found) > 1 for found in held_out.values()):
+        raise InputError("These SAEs were evaluated on different held-out dialogues; evaluate them together first.")
+
+
+def _plots(found: list[Panel]) -> list[tuple[str, str, str, str]]:
+    """Heading, id, SVG and what it shows."""
+    from fastcache.stages.report import plots
+
+    nearest = "of each series the SAE that is nearest to the dotted L0, or the one of the middle"
+    intervals = "Intervals are of 95 %, over dialogues."
+    return [
+        ("Error against sparsity", "l0", plots.against_l0(found), L0_CAPTION),
+        ("Error by kind of token", "mse", plots.error_by_tokens(found, SPLIT_TITLES), f"Every SAE. {intervals}"),
+        ("FVU by kind of token", "fvu", plots.fvu_by_tokens(found, SPLIT_TITLES), f"Of {nearest[3:]}. {intervals}"),
+        (
+            "Latent densities",
+            "density",
+            plots.densities(found),
+            f"On which share of the tokens latents are active, {nearest}.",
+        ),
+    ]
 
 
 def _largest_spikes(runs: list[Run]) -> list[tuple[Run, dict[str, Any]]]:
@@ -127,4 +162,5 @@ def _settings(runs: list[Run]) -> dict[str, Any]:
     known = {name: [run.settings[name] for run in runs if name in run.settings] for name in names}
     shared = {name: column[0] for name, column in known.items() if all(value == column[0] for value in column)}
     differing = {name: [run.settings.get(name, "") for run in runs] for name in names if name not in shared}
-    return {"shared": shared, "differing": differing}
+    usual = {name: max(column, key=column.count) for name, column in differing.items()}
+    return {"shared": shared, "differing": differing, "usual": usual}

@@ -27,6 +27,8 @@ class Run:
     arch: str
     place: str
     """The layer, or where none was chosen the cache."""
+    model: str
+    """Its name without the folder or owner; empty before the SAE is trained."""
     state: str
     """waiting, training, trained or failed."""
     reason: str
@@ -45,6 +47,12 @@ class Run:
     def is_done(self) -> bool:
         """Whether nothing more is to come of it."""
         return self.state in ("trained", "failed")
+
+    @property
+    def evaluated(self) -> Evaluation:
+        """The evaluation, of a run that has one."""
+        assert self.evaluation is not None  # noqa: S101
+        return self.evaluation
 
     @property
     def step(self) -> int:
@@ -68,13 +76,20 @@ def read_runs(folders: tuple[str, ...]) -> list[Run]:
     Raises `InputError` for a folder that is no output of `train` or `sweep`, `FormatError` for a damaged file.
     """
     members = {folder: config for given in folders for folder, config in _members(Path(given))}
-    last = Counter(folder.name for folder in members)
+    names = _names(list(members))
     n_points = max(FEWEST_POINTS, min(MOST_POINTS, POINTS_OF_ALL // len(members)))
-    runs = [
-        _run(folder, folder.name if last[folder.name] == 1 else str(folder), config, n_points)
-        for folder, config in members.items()
-    ]
+    runs = [_run(folder, name, config, n_points) for name, (folder, config) in zip(names, members.items(), strict=True)]
     return sorted(runs, key=lambda run: (len(run.place), run.place, run.arch))  # layer 2 before layer 10
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Each folder's last name, or as many of its last names as tell it from the others."""
+    names = [""] * len(folders)
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        tails = ["/".join(folder.parts[-length:]) for folder in folders]
+        counts = Counter(tails)
+        names = [name or (tail if counts[tail] == 1 else "") for name, tail in zip(names, tails, strict=True)]
+    return [name or str(folder) for name, folder in zip(names, folders, strict=True)]
 
 
 def _members(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -118,6 +133,7 @@ def _run(folder: Path, name: str, config: dict[str, Any], n_points: int) -> Run:
         name=name,
         arch=settings["arch"],
         place=_place(settings, info),
+        model=_model(info),
         state="trained" if info or evaluation else "failed" if failed else "training" if path.is_file() else "waiting",
         reason=failed["reason"] if failed else "",
         failed_step=failed["step"] if failed else 0,
@@ -127,6 +143,11 @@ def _run(folder: Path, name: str, config: dict[str, Any], n_points: int) -> Run:
         evaluation=evaluation,
         last_written=metrics.stat().st_mtime if metrics.is_file() else 0.0,
     )
+
+
+def _model(info: dict[str, Any] | None) -> str:
+    model = (info or {}).get("model")
+    return Path(str(model.get("name", ""))).name if isinstance(model, dict) else ""
 
 
 def _evaluation(folder: Path) -> Evaluation | None:
