@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # replaced by the page's text colour
 GREY = "#868e96"
+SPACE = 0.75
+LEFT, RIGHT, TOP, BOTTOM = 0.65, 0.1, 0.3, 0.55
+"""Inches between axes, and around all of them. Fixed: nothing has to be drawn to find them, and pages have hundreds of axes."""
+LEGEND_MARK, LEGEND_LETTER = 0.55, 0.07
+"""Inches of a legend's entry: its mark, and a letter of its label."""
 
 
 @contextmanager
@@ -46,18 +51,25 @@ def panels(n: int, columns: int, width: float, height: float) -> "tuple[Figure, 
 
     columns = min(n, columns)
     rows = -(-n // columns)
-    figure = Figure(figsize=(width * columns, height * rows))
-    flat = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure = Figure(figsize=(columns * width - SPACE + LEFT + RIGHT, rows * height - SPACE + TOP + BOTTOM))
+    spacing = {"wspace": SPACE / (width - SPACE), "hspace": SPACE / (height - SPACE)}
+    flat = list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=spacing).flat)
+    _fit(figure, TOP)
     for unused in flat[n:]:
         unused.set_visible(False)
     return figure, flat[:n]
+
+
+def _fit(figure: "Figure", top: float) -> None:
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(left=LEFT / width, right=1 - RIGHT / width, bottom=BOTTOM / height, top=1 - top / height)
 
 
 def to_svg(figure: "Figure") -> str:
     """The figure, as wide as its place in the page; paths are rounded to hundredths of a point, which halves them."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=nothing)
+    figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*" ', r"\1\2", text, count=1)
@@ -66,19 +78,21 @@ def to_svg(figure: "Figure") -> str:
 
 def plain_ticks(axis: "Axis") -> None:
     """0.05 instead of 5 x 10^-2, and a few of them, on a logarithmic axis."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def legend_above(figure: "Figure", axes: "list[Axes]") -> None:
     """One legend for all axes, each label once."""
     found = [ax.get_legend_handles_labels() for ax in axes]
     handles = dict(pair for some, labels in found for pair in zip(labels, some, strict=True))
-    columns = max(1, min(4, len(handles)))
+    widest = LEGEND_MARK + LEGEND_LETTER * max(map(len, handles), default=0)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
     lines = -(-len(handles) // columns)
-    above = 1 + (0.1 + 0.2 * lines) / figure.get_figheight()  # inches: it clears the titles whatever the number of rows
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, above)}
-    figure.legend(list(handles.values()), list(handles), ncols=columns, **place)
+    room = 0.1 + 0.2 * lines
+    figure.set_figheight(figure.get_figheight() + room)
+    _fit(figure, TOP + room)
+    figure.legend(list(handles.values()), list(handles), ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 1))

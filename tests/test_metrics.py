@@ -8,6 +8,7 @@ import torch
 from conftest import edit_manifest, run_extract
 
 import fastcache
+from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import SPLITS, TurnRole, select, turn_roles
 from fastcache.errors import InputError, MismatchError
 from fastcache.progress import Silent
@@ -223,3 +224,20 @@ def test_blocks_are_refused(saved, tiny_qwen, chat_corpus, tmp_path):
     run_extract(tiny_qwen, chat_corpus, tmp_path / "blocks", method="bt-f", block_size=64, split="eval")
     with pytest.raises(InputError, match="blocks"):
         evaluate(EvaluateConfig(sae=(saved(trained_like()),), cache=str(tmp_path / "blocks")), Silent())
+
+
+def test_24_saes_are_measured_in_one_reading_of_the_cache(saved, held_out_cache, monkeypatch):
+    read, residuals = [], Cache.residuals
+
+    def counting(self, hook_point, start, stop):
+        read.append((hook_point, start, stop))
+        return residuals(self, hook_point, start, stop)
+
+    monkeypatch.setattr(Cache, "residuals", counting)
+    hooks = ("resid_post.1", "resid_post.3")
+    folders = tuple(saved(trained_like(), f"sae-{n}", hook_point=hooks[n % 2]) for n in range(24))
+    evaluate(EvaluateConfig(sae=folders, cache=str(held_out_cache)), Silent())
+    n_rows = fastcache.open_cache(held_out_cache).n_tokens
+    for hook in hooks:
+        ranges = sorted((start, stop) for at, start, stop in read if at == hook)
+        assert [0, *(stop for _, stop in ranges)] == [*(start for start, _ in ranges), n_rows]

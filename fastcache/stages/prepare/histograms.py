@@ -144,7 +144,6 @@ def plot_lengths(lengths: dict[str, Lengths], tokens: dict[str, Any] | None) -> 
             n_bars = int(np.flatnonzero(counts).max(initial=0)) + 1
             axes[-1].stairs(counts[:n_bars], edges[: n_bars + 1], fill=True, color=BAR_COLOUR)
             _label(axes[-1], "tokens per row", "rows", True)
-        figure.tight_layout()
         return to_svg(figure)
 
 

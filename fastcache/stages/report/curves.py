@@ -57,7 +57,6 @@ def training_curves(runs: list[Run]) -> str:
             in_row[0].set_ylabel(title)
         for ax in axes[-len(TITLES) :]:
             ax.set_xlabel("training tokens")
-        figure.tight_layout()
         return to_svg(figure)
 
 

@@ -22,6 +22,8 @@ L0_CAPTION = (
     "Lower FVU at the same L0 is better. A line joins SAEs that differ in sparsity alone; bars reach from the lowest to the "
     "highest seed. The dotted line is the L0 at which they are compared."
 )
+PANELS_TOGETHER = 4
+"""Of one figure."""
 MOST_SPIKES = 20
 """Of all runs, in the table."""
 Speeds = dict[Path, float]
@@ -83,8 +85,8 @@ def _write_page(
         note=config.note,
         version=__version__,
         split_titles=SPLIT_TITLES,
-        evaluations=[{**run.evaluation, "name": run.name} for run in runs if run.evaluation],
-        named=len({(e["hook_point"], e["architecture"], e["trained_on"]) for e in evaluations}) < len(evaluations),
+        evaluations=evaluations,
+        named=any(len({series.method for series in panel.series}) < len(panel.runs) for panel in found),
         runs=runs,
         colours=curves.run_colours(runs),
         states=Counter(run.state for run in runs),
@@ -99,7 +101,7 @@ def _write_page(
         settings=_settings(runs),
         curves=curves.training_curves(runs) if any(run.lines for run in runs) else None,
         panels=found,
-        at_equal_l0=[(panel, at_equal_l0(panel, SPLIT_TITLES)) for panel in found if panel.l0],
+        at_equal_l0=[(panel, at_equal_l0(panel)) for panel in found if panel.l0],
         best=best,
         published=compared(runs) if config.compare and (done or evaluations) else [],
         plots=_plots(found) if found else [],
@@ -119,22 +121,24 @@ def _require_same_dialogues(runs: list[Run]) -> None:
         raise InputError("These SAEs were evaluated on different held-out dialogues; evaluate them together first.")
 
 
-def _plots(found: list[Panel]) -> list[tuple[str, str, str, str]]:
-    """Heading, id, SVG and what it shows."""
+def _plots(found: list[Panel]) -> list[tuple[str, str, list[str], str]]:
+    """Heading, id, SVGs of a few panels each, so that a printed page can end between them, and what they show."""
     from fastcache.stages.report import plots
 
-    nearest = "of each series the SAE that is nearest to the dotted L0, or the one of the middle"
+    chunks = [found[first : first + PANELS_TOGETHER] for first in range(0, len(found), PANELS_TOGETHER)]
+    nearest = "each series the SAE that is nearest to the dotted L0, or the one of the middle"
     intervals = "Intervals are of 95 %, over dialogues."
+    density = f"On which share of the tokens latents are active; of {nearest}."
     return [
-        ("Error against sparsity", "l0", plots.against_l0(found), L0_CAPTION),
-        ("Error by kind of token", "mse", plots.error_by_tokens(found, SPLIT_TITLES), f"Every SAE. {intervals}"),
-        ("FVU by kind of token", "fvu", plots.fvu_by_tokens(found, SPLIT_TITLES), f"Of {nearest[3:]}. {intervals}"),
+        ("Error against sparsity", "l0", [plots.against_l0(chunk) for chunk in chunks], L0_CAPTION),
         (
-            "Latent densities",
-            "density",
-            plots.densities(found),
-            f"On which share of the tokens latents are active, {nearest}.",
+            "Error by kind of token",
+            "mse",
+            [plots.error_by_tokens(chunk) for chunk in chunks],
+            f"Every SAE. {intervals}",
         ),
+        ("FVU by kind of token", "fvu", [plots.fvu_by_tokens(chunk) for chunk in chunks], f"Of {nearest}. {intervals}"),
+        ("Latent densities", "density", [plots.densities(chunk) for chunk in chunks], density),
     ]
 
 

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastcache.cache_format.schema import METHODS
+from fastcache.cache_format.schema import METHODS, SPLIT_TITLES
 from fastcache.stages.report.runs import Evaluation, Run
 
 SPARSITY = ("coefficient", "target_l0", "k")
 SEEDS = ("seed", "shuffle_seed")
 OF_THE_DATA = ("cache", "threshold")
 """Other settings in which runs of one series may differ: where the data are, and what was found from them."""
+TOLD_FIRST = ("expansion", "recipe", "tokens_of", "skip_first_position", "norm_filter", "tokens")
+"""Settings that name a series before those that follow from them."""
 
 
 class Measure(NamedTuple):
@@ -124,6 +126,16 @@ class Panel:
         """Architecture and place."""
         return f"{self.architecture}, {self.place}"
 
+    @property
+    def runs(self) -> list[Run]:
+        """Of all series."""
+        return [run for series in self.series for run in series.runs]
+
+    def lowest(self, tokens: str) -> float | None:
+        """The lowest log2 MSE on a set of tokens."""
+        values = [run.evaluated["splits"][tokens].get("log2_mse") for run in self.runs]
+        return min((value for value in values if value is not None), default=None)
+
     @cached_property
     def l0(self) -> float | None:
         """The middle, by logarithm, of the L0 that all curves cover; None where they have none in common."""
@@ -137,12 +149,12 @@ class Panel:
 Row = tuple[Series, float, list[Point | None]]
 
 
-def at_equal_l0(panel: Panel, titles: dict[str, str]) -> list[Row]:
-    """Of each series of a panel its L0, and there FVU on the sets of tokens in `titles` and the LM loss recovered.
+def at_equal_l0(panel: Panel) -> list[Row]:
+    """Of each series of a panel its L0, and there FVU on the sets of tokens that tables have and the LM loss recovered.
 
     Curves are taken at the panel's L0; a series of one sparsity as it is, which its own L0 shows.
     """
-    measures = [*(fvu(tokens, title) for tokens, title in titles.items()), LOSS_RECOVERED]
+    measures = [*(fvu(tokens, title) for tokens, title in SPLIT_TITLES.items()), LOSS_RECOVERED]
     rows: list[Row] = []
     for series in panel.series:
         if panel.l0 and series.l0_range:
@@ -157,7 +169,7 @@ def at_equal_l0(panel: Panel, titles: dict[str, str]) -> list[Row]:
 def best(rows: list[Row], l0: float, column: int) -> float | None:
     """The best value of a column of `at_equal_l0`, of those at `l0`: the highest of the last column, else the lowest."""
     values = [point.value for _, at, points in rows if at == l0 and (point := points[column])]
-    last = column == len(rows[0][2]) - 1
+    last = column in (-1, len(rows[0][2]) - 1)
     return (max if last else min)(values, default=None)
 
 
@@ -194,19 +206,32 @@ def _series(runs: list[Run]) -> Iterator[Series]:
     """Those of one place and architecture; the label says in which settings they differ from each other."""
     left_out = {*SPARSITY, *SEEDS, *OF_THE_DATA}
     settings = [{name: repr(value) for name, value in run.settings.items() if name not in left_out} for run in runs]
-    names = sorted({name for each in settings for name in each})
-    differing = [name for name in names if len({each.get(name) for each in settings}) > 1]
     groups: dict[Any, list[Run]] = {}
     for run, each in zip(runs, settings, strict=True):
-        method = run.evaluated["trained_on"]
-        groups.setdefault((method, *(each.get(name) for name in differing)), []).append(run)
+        groups.setdefault((run.evaluated["trained_on"], *sorted(each.items())), []).append(run)
+    naming = _naming([key[1:] for key in groups])
     for (method, *_), members in groups.items():
-        yield Series(_label(method, members[0].settings, differing), method, tuple(members))
+        yield Series(_label(method, members[0].settings, naming), method, tuple(members))
 
 
-def _label(method: str, settings: dict[str, Any], differing: list[str]) -> str:
+def _naming(groups: list[tuple[tuple[str, str], ...]]) -> list[str]:
+    """As few settings as tell the groups apart: many follow from others."""
+    settings = [dict(group) for group in groups]
+    names = sorted({name for each in settings for name in each}, key=lambda name: (name not in TOLD_FIRST, name))
+    chosen: list[str] = []
+    for name in names:
+        if len(_values(settings, [*chosen, name])) > len(_values(settings, chosen)):
+            chosen.append(name)
+    return chosen
+
+
+def _values(settings: list[dict[str, str]], names: list[str]) -> set[tuple[str | None, ...]]:
+    return {tuple(each.get(name) for name in names) for each in settings}
+
+
+def _label(method: str, settings: dict[str, Any], naming: list[str]) -> str:
     words = [method]
-    for name in differing:
+    for name in naming:
         value, shown = settings.get(name), name.replace("_", " ")
         if value is True:
             words.append(shown)

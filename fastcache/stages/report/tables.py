@@ -87,7 +87,7 @@ def _markdown_at_equal_l0(runs: list[Run]) -> str:
         [panel.place, panel.architecture, series.label, figure(l0, 1), *map(_with_spread, points)]
         for panel in panels(runs)
         if panel.l0
-        for series, l0, points in at_equal_l0(panel, SPLIT_TITLES)
+        for series, l0, points in at_equal_l0(panel)
     ]
     return f"\nAt the same L0:\n\n{_markdown_table([*names, 'LM loss recovered'], rows, 3)}" if rows else ""
 
