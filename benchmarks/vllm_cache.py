@@ -24,7 +24,8 @@ from vllm import LLM, SamplingParams
 
 from fastcache.cache_format.schema import hook_point
 from fastcache.llm.loading import ModelSource, cut_layers, load_config
-from fastcache.llm.vllm_backend.backend import VllmBackend, _cpu_settings
+from fastcache.llm.vllm_backend.backend import VllmBackend
+from fastcache.llm.vllm_backend.engine import cpu_settings
 from fastcache.llm.vllm_backend.loader import LOAD_FORMAT
 
 
@@ -40,7 +41,7 @@ def plain_engine(model: str, layer: int) -> LLM:
     return LLM(
         model, dtype="float32", hf_overrides=partial(cut_layers, n_layers=layer + 1), load_format=LOAD_FORMAT,
         skip_tokenizer_init=True, enable_prefix_caching=False, max_model_len=BLOCK + 1, max_num_batched_tokens=BLOCK,
-        **_cpu_settings(config, layer + 1, 2 * BLOCK),
+        **cpu_settings(config, layer + 1, 2 * BLOCK),
     )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from fastcache.llm.loading import ModelSource, load_config, model_identity
 from fastcache.llm.self_test import SelfTest, fillers
 from fastcache.llm.transformers_backend import TransformersBackend
 from fastcache.llm.vllm_backend.arena import Arena, ArenaShape, RowRing
-from fastcache.llm.vllm_backend.backend import _visible
 from fastcache.llm.vllm_backend.capture import Capture, Span
+from fastcache.llm.vllm_backend.engine import visible
 
 HOOKS = ("resid_post.1",)
 
@@ -98,7 +98,7 @@ def test_an_engine_sees_the_devices_of_its_worker_only(monkeypatch, before, devi
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-    with _visible(devices):
+    with visible(devices):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 

@@ -77,3 +77,8 @@ def test_saes_that_were_not_evaluated_make_no_table(tmp_path, small_cache):
     save_sae(tmp_path / "sae", trained_like(), as_trained(small_cache))
     done = CliRunner().invoke(cli, ["report", "--sae", str(tmp_path / "sae"), "--format", "csv"])
     assert "run `fastcache evaluate` first" in str(done.exception)
+
+
+def test_watching_and_a_table_do_not_go_together(tmp_path):
+    done = CliRunner().invoke(cli, ["report", "--sae", str(tmp_path), "--format", "csv", "--watch", "5"])
+    assert "--watch writes a page; it doesn't go with --format csv" in str(done.exception)

@@ -5,15 +5,12 @@ are given in their order, whatever order vLLM finishes them in. The engine is a 
 rounds and writes, the model goes on.
 """
 
-import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import wait
-from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -24,19 +21,12 @@ from fastcache.llm.backend import LostBackendError, Residuals, TokenIds, default
 from fastcache.llm.loading import ModelSource, check_layers, cut_layers, load_config
 from fastcache.llm.transformers_backend import DTYPES
 from fastcache.llm.vllm_backend.arena import Arena, ArenaShape, RowRing
+from fastcache.llm.vllm_backend.engine import cpu_settings, start_engine, visible, wake_at_its_end
 
 BATCHES_IN_FLIGHT = 4
 SLOTS = 1024
 SECONDS_FOR_COPIES = 60.0
 """How long rows of a finished sequence may take from the device to the arena."""
-
-_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-    # A prompt may fill the model's context: the one token more that vLLM counts is never fed back.
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-}
 
 
 class _Flight(NamedTuple):
@@ -85,12 +75,12 @@ class VllmBackend:
             "tensor_parallel_size": len(devices),
             "additional_config": {"fastcache": {"layers": layers}},
             **_fixed_settings(),
-            **(_cpu_settings(config, max(layers) + 1, self.batch_tokens + max_length) if kind == "cpu" else {}),
+            **(cpu_settings(config, max(layers) + 1, self.batch_tokens + max_length) if kind == "cpu" else {}),
             **engine,
         }
-        with _visible(devices):
-            self._engine = _start(settings, source)
-        _wake_at_its_end(self._engine.engine_core)
+        with visible(devices):
+            self._engine = start_engine(settings, source, _require_capture)
+        wake_at_its_end(self._engine.engine_core)
         n_rows = arena_rows(self.batch_tokens, max_length)
         self._arena = Arena(ArenaShape(len(layers), n_rows, SLOTS, config.hidden_size, DTYPES[dtype]))
         self._n_requests, self._is_lost = 0, False
@@ -189,24 +179,6 @@ def arena_rows(batch_tokens: int, max_length: int) -> int:
     return max(BATCHES_IN_FLIGHT * batch_tokens, 2 * max_length)
 
 
-@contextmanager
-def _visible(devices: Sequence[str]) -> Iterator[None]:
-    """Have the processes that are started see these GPUs only; vLLM takes the first ones that it sees."""
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    places = [torch.device(device).index or 0 for device in devices if torch.device(device).type == "cuda"]
-    if places:
-        seen = before.split(",") if before else [str(place) for place in range(max(places) + 1)]
-        os.environ[name] = ",".join(seen[place] for place in places)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[name] = before
-        elif places:
-            del os.environ[name]
-
-
 def _fixed_settings() -> dict[str, Any]:
     """What capture relies on."""
     from fastcache.llm.vllm_backend.loader import LOAD_FORMAT
@@ -221,51 +193,6 @@ def _fixed_settings() -> dict[str, Any]:
         "use_tqdm_on_load": False,
         "seed": 0,
     }
-
-
-def _cpu_settings(config: Any, n_layers: int, n_tokens: int) -> dict[str, Any]:
-    """On a CPU vLLM asks for most of the memory, and compiles for a minute what eager torch does as fast."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    needed = 2 * n_layers * heads * width * 4 * 2 * n_tokens  # keys and values, float32, twice what is in flight
-    return {"kv_cache_memory_bytes": max(needed, 2**26), "enforce_eager": True}
-
-
-def _start(settings: dict[str, Any], source: ModelSource) -> Any:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-    try:
-        arguments = EngineArgs(**settings)
-        _require_capture(arguments.create_model_config(), source)
-        return LLMEngine.from_engine_args(arguments)
-    except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = str(error).strip().split("\n")[0][:300]
-        raise ModelError(
-            f"vLLM can't run model {source.name!r} ({reason}). What it printed above may say more. "
-            "--backend transformers runs more models."
-        ) from error
-
-
-def _wake_at_its_end(client: Any) -> None:
-    """vLLM sees that a killed engine is gone, but leaves those who wait for its output waiting."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
-    if manager is None:  # the engine is in this process
-        return
-    sentinels = [process.sentinel for process in manager.processes]
-
-    def watch() -> None:
-        wait(sentinels)
-        client.outputs_queue.put(EngineDeadError())
-
-    Thread(target=watch, daemon=True).start()
 
 
 def _require_capture(model_config: Any, source: ModelSource) -> None:

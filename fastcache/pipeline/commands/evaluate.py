@@ -19,6 +19,7 @@ Examples:
   fastcache evaluate --sae DIR --cache fastcache-runs/cache-demo-fast-eval-layer-2
   fastcache evaluate --sae A --sae B --sae C --cache HELD_OUT_CACHE
   fastcache evaluate --sae A --cache HELD_OUT_CACHE --with-model --model-instances 100
+  fastcache evaluate --sae A --cache HELD_OUT_CACHE --with-model --model-backend vllm
 """
 
 

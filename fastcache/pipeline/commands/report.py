@@ -6,6 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fastcache.errors import InputError
 from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.report.config import ReportConfig
@@ -20,6 +21,7 @@ Examples:
   fastcache report --sae SWEEP --watch 30
   fastcache report --sae A --cache CACHE --corpus CORPUS
   fastcache report --sae SWEEP --format csv > table.csv
+  fastcache report --sae SWEEP --compare paper
 """
 
 
@@ -31,6 +33,8 @@ def command(**given: Any) -> None:
     from fastcache.stages.report.run import report_table, watch_report, write_report
 
     if config.format != "html":
+        if config.watch is not None:
+            raise InputError(f"--watch writes a page; it doesn't go with --format {config.format}. Leave one out.")
         click.echo(report_table(config), nl=False)
         return
     progress, html = RichProgress(Console()), Path(config.html).resolve()

@@ -21,5 +21,8 @@ class EvaluateConfig:
     )
     model_instances: int = option(200, help="Dialogues to run the model on, from the beginning.", at_least=1)
     model_dtype: str = option("float32", choices=("float32", "bfloat16", "float16"), help="Dtype of the model.")
+    model_backend: str = option(
+        "transformers", choices=("transformers", "vllm"), help="What runs the model; vllm (extra `vllm`) gives no KL."
+    )
     trust_remote_code: bool = option(False, help="Run code that comes with the model.")
     device: str | None = option(None, help="Device. Default: cuda where there is one, else cpu.")

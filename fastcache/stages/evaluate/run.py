@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,16 +15,18 @@ from fastcache.cache_format.schema import SPLITS, TokenType, TurnRole, select, t
 from fastcache.config import differences
 from fastcache.devices import choose_device
 from fastcache.errors import InputError, MismatchError
+from fastcache.extras import require_packages
 from fastcache.files import fingerprint, require_fields, write_json_atomic
 from fastcache.llm.loading import ModelSource, load_config, model_identity
 from fastcache.llm.splicing import SplicedModel
 from fastcache.llm.transformers_backend import DTYPES
+from fastcache.llm.vllm_backend.splicing import SplicedEngine
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.metrics import Metrics
 from fastcache.sae.storage import load_sae
 from fastcache.stages.evaluate.config import EvaluateConfig
-from fastcache.stages.evaluate.with_model import Spliced, measure, result_of
+from fastcache.stages.evaluate.with_model import Spliced, measure, measure_in_engine, result_of
 
 BATCH_TOKENS = 8192
 EVALUATION_FILE = "evaluation.json"
@@ -60,6 +63,8 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
     device = choose_device(config.device)
     candidates = [_load(Path(folder), cache, device) for folder in config.sae]
     hooks = sorted({candidate.info["hook_point"] for candidate in candidates})
+    if config.with_model and config.model_backend == "vllm":
+        require_packages("--model-backend vllm", "vllm", "vllm")
     source = _model_source(config, cache) if config.with_model else None
     n_instances = min(config.max_instances, cache.n_instances)
     with progress.task("evaluate", n_instances, "dialogues") as task:
@@ -94,11 +99,26 @@ def _with_model(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """The figures of `with_model.py` for each candidate."""
-    saes = [Spliced(candidate.sae, candidate.info["hook_point"]) for candidate in candidates]
+    saes = [Spliced(candidate.folder, candidate.sae, candidate.info["hook_point"]) for candidate in candidates]
     means = {candidate.info["hook_point"]: candidate.metrics.mean() for candidate in candidates}
-    model = SplicedModel(source, sorted(means), DTYPES[config.model_dtype], device)
     instances = [cache.instance(index) for index in range(min(config.model_instances, cache.n_instances))]
-    measure(saes, model, means, instances, lambda instance: _token_sets([instance])[0].numpy(), progress)
+    instances = [instance for instance in instances if len(instance) > 1]  # of one token nothing is predicted
+    if not instances:
+        raise InputError(f"--with-model needs dialogues of two tokens or more, and {cache.path} begins with none.")
+
+    def token_sets(instance: CachedInstance) -> npt.NDArray[np.bool_]:
+        return _token_sets([instance])[0].numpy()
+
+    if config.model_backend == "vllm":
+        longest = max(map(len, instances))
+        engine = SplicedEngine(source, sorted(means), config.model_dtype, device, longest)
+        try:
+            measure_in_engine(saes, engine, means, instances, token_sets, progress)
+        finally:
+            engine.close()
+    else:
+        model = SplicedModel(source, sorted(means), DTYPES[config.model_dtype], device)
+        measure(saes, model, means, instances, token_sets, progress)
     return [result_of(one, TOKEN_SETS) for one in saes]
 
 

@@ -7,6 +7,7 @@ of the whole stream: an SAE that recovers the loss fully has a `loss_recovered` 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fastcache.cache_format.reader import CachedInstance
-from fastcache.llm.splicing import SplicedModel
+from fastcache.llm.splicing import Replace, SplicedModel
+from fastcache.llm.vllm_backend.splicing import Losses, Splice, SplicedEngine
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.bootstrap import Sums, resampled, with_intervals
+from fastcache.sae.storage import load_sae
 
 COLUMNS = ("n_tokens", "loss", "loss_zero", "loss_mean", "loss_spliced", "kl")
 """Sums over the tokens of a dialogue in a set."""
@@ -31,6 +34,7 @@ TokenSets = Callable[[CachedInstance], npt.NDArray[np.bool_]]
 class Spliced:
     """An SAE at its place in the model."""
 
+    folder: Path
     sae: Sae
     hook_point: str
     dialogues: list[Sums] = field(default_factory=list)
@@ -45,14 +49,13 @@ def measure(
     token_sets: TokenSets,
     progress: Progress,
 ) -> None:
-    """Run the dialogues through the model: as they are, ablated at each hook point, and with each SAE; fills `saes`.
+    """Run dialogues of two tokens or more through the model: as they are, ablated at each hook point, and with each SAE; fills `saes`.
 
     `means` `[d_in]` by hook point.
     """
     with progress.task("evaluate with the model", len(instances), "dialogues") as task:
         for instance in instances:
-            if len(instance) > 1:
-                _measure_one(saes, model, means, instance.token_ids, token_sets(instance)[:, :-1])
+            _measure_one(saes, model, means, instance.token_ids, token_sets(instance)[:, :-1])
             task.advance(1)
 
 
@@ -78,6 +81,47 @@ def _measure_one(
         kl = (clean.exp() * (clean - log_probs)).sum(1).double()
         figures = [torch.ones_like(kl), losses(clean), *ablated[one.hook_point], losses(log_probs), kl]
         one.dialogues.append(masks.astype(np.float64) @ torch.stack(figures, 1).cpu().numpy())
+
+
+def measure_in_engine(
+    saes: Sequence[Spliced],
+    engine: SplicedEngine,
+    means: dict[str, Tensor],
+    instances: Sequence[CachedInstance],
+    token_sets: TokenSets,
+    progress: Progress,
+) -> None:
+    """The same in vLLM, which takes all dialogues at a time and gives losses alone: KL is NaN."""
+    sequences = [instance.token_ids for instance in instances]
+    with progress.task("evaluate with the model", 1 + 2 * len(means) + len(saes), "passes") as task:
+
+        def losses(splice: Splice | None = None) -> Losses:
+            found = engine.losses(sequences, splice)
+            task.advance(1)
+            return found
+
+        clean, ablated = losses(), {}
+        for hook, mean in means.items():
+            constants = torch.zeros_like(mean), mean
+            ablated[hook] = [losses(Splice(hook, make_constant, constant.tolist())) for constant in constants]
+        for one in saes:
+            spliced = losses(Splice(one.hook_point, make_sae, str(one.folder)))
+            for place, instance in enumerate(instances):
+                zero, mean_ablated = (found[place] for found in ablated[one.hook_point])
+                n = np.ones_like(zero)
+                figures = np.stack([n, clean[place], zero, mean_ablated, spliced[place], np.nan * n], 1)
+                one.dialogues.append(token_sets(instance)[:, :-1].astype(np.float64) @ figures)
+
+
+def make_constant(values: list[float], device: str) -> Replace:
+    """The vector `[d_in]` in the place of every row."""
+    constant = torch.tensor(values, device=device)
+    return constant.expand_as
+
+
+def make_sae(folder: str, device: str) -> Replace:
+    """The SAE in `folder`."""
+    return load_sae(Path(folder))[0].to(device)
 
 
 def result_of(one: Spliced, names: Sequence[str]) -> dict[str, Any]:
