@@ -49,7 +49,7 @@ def measure(
     token_sets: TokenSets,
     progress: Progress,
 ) -> None:
-    """Run dialogues of two tokens or more through the model: as they are, ablated at each hook point, and with each SAE; fills `saes`.
+    """Run dialogues of two tokens or more: as they are, ablated at each hook point, and with each SAE; fills `saes`.
 
     `means` `[d_in]` by hook point.
     """
