@@ -1,19 +1,25 @@
 """Studies: the file that describes one, its costs, and a small one run, resumed and scaled."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from rich.console import Console
 
 from fastcache.cache_format.reader import open_cache
 from fastcache.errors import InputError
 from fastcache.pipeline.cli import cli, main
 from fastcache.pipeline.costs import costs
 from fastcache.pipeline.options import read_config
+from fastcache.pipeline.show import show_evaluations
 from fastcache.pipeline.study import read_study, with_settings
+from fastcache.stages.report.config import ReportConfig
 from fastcache.stages.report.paper import Cell, paper_values
+from fastcache.stages.report.run import report_table
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = {
@@ -97,6 +103,25 @@ def test_the_report_compares_at_the_same_l0(studied):
     page = (studied[1] / "report.html").read_text()
     assert 'id="matched"' in page
     assert 'id="density"' in page
+
+
+def test_a_report_takes_the_folder_of_a_study(studied):
+    rows = csv.DictReader(io.StringIO(report_table(ReportConfig(sae=(str(studied[1]),), format="csv"))))
+    assert len({row["sae"] for row in rows}) == 12
+
+
+def test_a_table_in_a_pipe_is_whole(studied, capsys):
+    show_evaluations(Console(width=40), list(evaluations(studied[1]).values()))
+    lines = capsys.readouterr().out.splitlines()
+    assert all("…" not in line for line in lines)
+    assert sum("topk-k-16-layer-2" in line for line in lines) == 3
+
+
+def test_a_corpus_that_is_not_there_is_told_before_the_first_cache(tmp_path):
+    path = write_study(tmp_path, corpora={"chat": str(tmp_path / "none"), "text": str(tmp_path / "none")})
+    done = CliRunner().invoke(cli, ["sweep", "--config", str(path), "--out", str(tmp_path / "out")])
+    assert "corpus.json" in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scale_shrinks_every_stage():

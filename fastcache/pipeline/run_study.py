@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastcache.corpus import Corpus
 from fastcache.pipeline.study import Study
 from fastcache.progress import Progress
 from fastcache.stages.prepare.config import PrepareConfig
@@ -53,7 +54,7 @@ def _corpus(kind: str, corpus: PrepareConfig | Path, out: Path, progress: Progre
     from fastcache.stages.prepare.run import prepare
 
     if isinstance(corpus, Path):
-        return corpus
+        return Corpus(corpus).path  # raises where there is none, before the first cache is made
     place = out / f"corpus-{kind}"
     prepare(corpus, place, progress, fresh)
     return place

@@ -18,6 +18,9 @@ from fastcache.stages.train.config import ShuffleConfig
 from fastcache.stages.train.order import mixed_order
 from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
 
+WIDE = 500
+"""Characters of a line in a file."""
+
 
 def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
     table = Table(title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
@@ -170,9 +173,11 @@ def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> Non
     for result in shown:
         names = [Path(result["sae"]).name] if named else []
         table.add_row(*map(str, _place(result)), *names, *main_figures(result, has_model))
-    # In a file or a pipe all of it, whatever the width of a console would be.
-    width = console.width if console.is_terminal else max(console.width, console.measure(table).maximum)
-    console.print(table, width=width, crop=False)
+    if console.is_terminal:
+        console.print(table)
+    else:  # in a file or a pipe, all of it
+        whole = console.measure(table, options=console.options.update(max_width=WIDE)).maximum
+        Console(file=console.file, width=max(console.width, whole)).print(table)
 
 
 def _place(result: dict[str, Any]) -> tuple[int, str, str]:

@@ -12,7 +12,7 @@ class ReportConfig:
     """What the page shows."""
 
     sae: tuple[str, ...] = option(
-        help="Output of `train`, or of `sweep` for all of its SAEs; finished or not. Repeatable."
+        help="Output of `train`, or of `sweep` or a study for all of its SAEs; finished or not. Repeatable."
     )
     cache: tuple[str, ...] = option((), help="Cache to describe. Repeatable.")
     corpus: tuple[str, ...] = option((), help="Corpus to describe. Repeatable.")

@@ -96,10 +96,12 @@ def _members(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Folders of SAEs, with their settings as far as they are known without them."""
     path = folder / "run.json"
     if not path.is_file():
+        if found := [each.parent for each in sorted(folder.glob("sae-*/run.json"))]:  # a study
+            return [member for sweep in found for member in _members(sweep)]
         if (folder / "sae.json").is_file() or (folder / "evaluation.json").is_file():
             return [(folder, {})]
         raise InputError(
-            f"{folder} holds no run.json: --sae takes an output of `fastcache train` or `fastcache sweep`."
+            f"{folder} holds no run.json: --sae takes an output of `fastcache train` or `fastcache sweep`, or a study."
         )
     run = read_json(path)
     if run.get("command") not in COMMANDS:
