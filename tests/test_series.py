@@ -91,6 +91,17 @@ def test_a_setting_that_differs_makes_another_series_and_names_it(tmp_path):
     assert l0 == {"fast": 16.0, "bt-f": 16.0, "fast, skip first position": 17.0}
 
 
+def test_figures_that_only_some_saes_have_are_missing_for_the_others(tmp_path):
+    folders = power_law(tmp_path, "fast", 1.0) + power_law(tmp_path, "bt-f", 1.0)
+    lone = [
+        write_run(tmp_path / f"lone{n}", 0.5, 17.0, coefficient=2, seed=n, k=3, recovered=0.5 if n else None)
+        for n in (0, 1)
+    ]
+    (panel,) = panels(read_runs((*folders, *lone, write_run(tmp_path / "no", 0.5, 17.0, norm_filter="3x-median"))))
+    rows = {series.label: points[-1] for series, _, points in at_equal_l0(panel)}
+    assert rows["fast, norm filter 3x-median"] is None
+
+
 def test_architectures_layers_and_models_are_never_compared_with_each_other(tmp_path):
     folders = [
         write_run(tmp_path / f"{arch}-{layer}-{model}", arch=arch, layer=layer, model=model)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fastcache.cache_format.reader import open_cache
-from fastcache.errors import InputError
+from fastcache.errors import InputError, NonFiniteError
 from fastcache.pipeline.cli import cli, main
 from fastcache.pipeline.costs import costs
 from fastcache.pipeline.options import read_config
@@ -20,6 +20,7 @@ from fastcache.pipeline.study import read_study, with_settings
 from fastcache.stages.report.config import ReportConfig
 from fastcache.stages.report.paper import Cell, paper_values
 from fastcache.stages.report.run import report_table
+from fastcache.stages.train.member import Member
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = {
@@ -124,26 +125,27 @@ def test_a_corpus_that_is_not_there_is_told_before_the_first_cache(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_scale_shrinks_tokens_of_the_command_line_too():
+    study = read_study("tiny", with_settings(SMALL, {}, {"tokens": ["640", "1_280"]}), scale=0.5)
+    assert {member.tokens for member in study.members(Path("cache"), None).members.values()} == {320, 640}
+
+
+def test_a_study_of_which_nothing_was_trained_says_so(tmp_path, monkeypatch):
+    def failing(member, *_given):
+        raise NonFiniteError("Training became NaN.")
+
+    monkeypatch.setattr(Member, "step", failing)
+    path = write_study(tmp_path, methods=["fast"])
+    done = CliRunner().invoke(cli, ["sweep", "--config", str(path), "--out", str(tmp_path / "out")])
+    assert "None of the SAEs was trained" in str(done.exception)
+
+
 def test_scale_shrinks_every_stage():
     study = read_study("tiny", {**SMALL, "train": {**SMALL["train"], "base": {"tokens": 5000}}}, scale=0.1)
     assert study.extract.tokens == 600
     assert study.corpora["chat"].max_rows == 30
     assert study.evaluate["max_instances"] == 2
     assert {member.tokens for member in study.members(Path("cache"), None).members.values()} == {500}
-
-
-def test_scale_shrinks_the_tokens_of_a_sweep_of_one_cache(small_cache, tmp_path):
-    path = tmp_path / "sweep.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {"base": {"layer": 1, "arch": "topk", "k": 4, "batch_size": 64}, "grid": {"tokens": [640, 1280]}}
-        )
-    )
-    main(
-        ["sweep", "--cache", str(small_cache), "--config", str(path), "--scale", "0.5", "--out", str(tmp_path / "out")]
-    )
-    tokens = [json.loads(file.read_text())["training"]["tokens"] for file in tmp_path.glob("out/*/sae.json")]
-    assert sorted(tokens) == [320, 640]
 
 
 def test_settings_of_the_command_line_reach_their_sections():
@@ -237,6 +239,7 @@ def test_what_a_study_does_not_take_is_told(tmp_path):
     for words, message in (
         (["sweep", "--config", path, "--scale", "0"], "--scale 0: expected a number above 0"),
         (["sweep", "--config", path, "--cache", "somewhere"], "there is no key 'cache'"),
+        (["sweep", "--cache", "somewhere", "--grid", "seed=1,2", "--scale", "0.5"], "--scale is for a study"),
         (["plan", path, "--tflops", "-1"], "--tflops -1: expected a number above 0"),
     ):
         assert message in str(CliRunner().invoke(cli, words).exception)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.corpus import Corpus
+from fastcache.errors import InputError
 from fastcache.pipeline.study import Study
 from fastcache.progress import Progress
 from fastcache.stages.prepare.config import PrepareConfig
@@ -36,6 +37,8 @@ def run_study(study: Study, out: Path, progress: Progress, fresh: bool = False) 
     corpora = {kind: _corpus(kind, corpus, out, progress, fresh) for kind, corpus in study.corpora.items()}
     caches = _extract(study, corpora, out, progress, fresh)
     saes = _train(study, out, progress, fresh)
+    if not saes:
+        raise InputError(f"None of the SAEs was trained; {out}/sae-*/*/failed.json says why.")
     evaluations = evaluate(study.evaluation(saes, caches[-1]), progress)
     write_report(
         ReportConfig(

@@ -120,7 +120,8 @@ def with_settings(
     """
     changed: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     train = dict(changed.get("train") or {})
-    train["base"], train["grid"] = dict(train.get("base") or {}), {**(train.get("grid") or {}), **grid}
+    added = {name: [parse_yaml(text, f"--grid {name}={text}") for text in texts] for name, texts in grid.items()}
+    train["base"], train["grid"] = dict(train.get("base") or {}), {**(train.get("grid") or {}), **added}
     for name, text in settings.items():
         section, dot, key = name.rpartition(".")
         target = changed.setdefault(section, {}) if dot else train["base"]
@@ -162,23 +163,20 @@ def _training(name: str, values: dict[str, Any], scale: float) -> dict[str, Any]
         if key not in SWEEP_KEYS:
             raise InputError(f"{name}: train: there is no key {key!r}; there are {', '.join(SWEEP_KEYS)}.")
     return {
-        "base": scaled_training(values.get("base") or {}, scale),
-        "grid": scaled_training(values.get("grid") or {}, scale),
-        "runs": [scaled_training(run, scale) for run in values.get("runs") or []],
+        "base": _scaled(values.get("base") or {}, ("tokens",), scale),
+        "grid": _scaled(values.get("grid") or {}, ("tokens",), scale),
+        "runs": [_scaled(run, ("tokens",), scale) for run in values.get("runs") or []],
     }
 
 
-def scaled_training(settings: Any, scale: float) -> Any:
-    """Training settings, or what stands in their place in a file, with `scale` times the tokens."""
-    return _scaled(settings, ("tokens",), scale) if isinstance(settings, dict) else settings
-
-
-def _scaled(values: dict[str, Any], names: tuple[str, ...], scale: float) -> dict[str, Any]:
-    """`scale` times those named, and at least 1; what is no whole number is left for the check that names it."""
+def _scaled(values: Any, names: tuple[str, ...], scale: float) -> Any:
+    """A mapping with `scale` times the whole numbers that are named, at least 1; all else is left for the checks to come."""
 
     def times(value: Any) -> Any:
         if isinstance(value, list):
             return [times(one) for one in value]
-        return max(1, round(value * scale)) if isinstance(value, int) and scale != 1 else value
+        return max(1, round(value * scale)) if type(value) is int else value
 
+    if scale == 1 or not isinstance(values, dict):
+        return values
     return {**values, **{name: times(values[name]) for name in names if name in values}}

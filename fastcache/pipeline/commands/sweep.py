@@ -11,7 +11,7 @@ from fastcache.errors import InputError
 from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import output_options, read_config
 from fastcache.pipeline.places import RUNS, slug
-from fastcache.pipeline.study import Study, is_study, read_study, scaled_training, with_settings
+from fastcache.pipeline.study import Study, is_study, read_study, with_settings
 
 HELP = """Train many SAEs in one pass over a cache, or run a study.
 
@@ -52,7 +52,7 @@ sweep.yaml:
 @click.option(
     "--memory", metavar="SIZE", help="What the sweep may take, such as 16GB.  [default: 80 % of what is free]"
 )
-@click.option("--scale", type=float, default=1.0, help="Take so many times the tokens, of a study in every stage.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Of a study: so many times its tokens.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
 @output_options
 def command(
@@ -71,9 +71,10 @@ def command(
         study = read_study(config_file.stem, with_settings(values, settings, added), scale)
         _run_study(study, dry_run, out or RUNS / slug(study.name), fresh, progress)
         return
-    values["base"] = scaled_training({**(values.get("base") or {}), **settings}, scale)
-    values["runs"] = [scaled_training(run, scale) for run in values.get("runs") or []]
-    values["grid"] = scaled_training({**(values.get("grid") or {}), **added}, scale)
+    if scale != 1:
+        raise InputError("--scale is for a study, a file with `extract`. For a sweep of one cache say --set tokens=N.")
+    values["base"] = {**(values.get("base") or {}), **settings}
+    values["grid"] = {**(values.get("grid") or {}), **added}
     _run_sweep(values, dry_run, out, fresh, progress)
 
 

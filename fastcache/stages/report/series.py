@@ -84,8 +84,7 @@ class Series:
         for run in self.runs:
             value = measure.of(run.evaluated)
             if value is not None:
-                key = tuple(run.settings.get(name) for name in SPARSITY)
-                groups.setdefault(key, []).append((l0_of(run), value))
+                groups.setdefault(_sparsity(run), []).append((l0_of(run), value))
         return sorted(_point(found) for found in groups.values())
 
     @property
@@ -106,6 +105,12 @@ class Series:
         ]
         values = [value for value in found if value is not None]
         return _point([(l0, value) for value in values]) if len(values) == len(found) else None
+
+    @property
+    def in_the_middle(self) -> "Series":
+        """Its runs of the sparsity in the middle."""
+        sparsity = _sparsity(self.nearest(None))
+        return Series(self.label, self.method, tuple(run for run in self.runs if _sparsity(run) == sparsity))
 
     def nearest(self, l0: float | None) -> Run:
         """The run with the nearest L0, or without one the run in the middle."""
@@ -159,10 +164,12 @@ def at_equal_l0(panel: Panel) -> list[Row]:
     for series in panel.series:
         if panel.l0 and series.l0_range:
             rows.append((series, panel.l0, [series.at(panel.l0, measure) for measure in measures]))
-        elif points := series.points(measures[0]):
-            found = [series.points(measure) for measure in measures]
-            middle = len(points) // 2
-            rows.append((series, points[middle].l0, [each[middle] if each else None for each in found]))
+        else:
+            lone = series.in_the_middle
+            found = [lone.points(measure) for measure in measures]
+            rows.append(
+                (series, sum(map(l0_of, lone.runs)) / len(lone.runs), [each[0] if each else None for each in found])
+            )
     return rows
 
 
@@ -195,6 +202,10 @@ def _rank(series: Series) -> tuple[int, int, str]:
 def l0_of(run: Run) -> float:
     """Active latents a token, on all tokens."""
     return float(run.evaluated["splits"]["all"]["l0"])
+
+
+def _sparsity(run: Run) -> tuple[Any, ...]:
+    return tuple(run.settings.get(name) for name in SPARSITY)
 
 
 def _point(found: list[tuple[float, float]]) -> Point:
