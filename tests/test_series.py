@@ -93,13 +93,13 @@ def test_a_setting_that_differs_makes_another_series_and_names_it(tmp_path):
 
 def test_figures_that_only_some_saes_have_are_missing_for_the_others(tmp_path):
     folders = power_law(tmp_path, "fast", 1.0) + power_law(tmp_path, "bt-f", 1.0)
-    lone = [
-        write_run(tmp_path / f"lone{n}", 0.5, 17.0, coefficient=2, seed=n, k=3, recovered=0.5 if n else None)
-        for n in (0, 1)
-    ]
-    (panel,) = panels(read_runs((*folders, *lone, write_run(tmp_path / "no", 0.5, 17.0, norm_filter="3x-median"))))
-    rows = {series.label: points[-1] for series, _, points in at_equal_l0(panel)}
-    assert rows["fast, norm filter 3x-median"] is None
+    filtered = {"norm_filter": "3x-median"}  # of equal L0: two sparsities, and no curve
+    folders += [write_run(tmp_path / "one", 0.5, 17.0, coefficient=1, recovered=0.5, **filtered)]
+    folders += [write_run(tmp_path / "two", 0.5, 17.0, coefficient=2, **filtered)]
+    (panel,) = panels(read_runs(tuple(folders)))
+    rows = {series.label: (l0, points) for series, l0, points in at_equal_l0(panel)}
+    l0, points = rows["fast, norm filter 3x-median"]
+    assert (l0, points[0].value, points[-1]) == (17.0, 0.5, None)
 
 
 def test_architectures_layers_and_models_are_never_compared_with_each_other(tmp_path):
