@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 from fastcache.assets import DEMO
 from fastcache.cache_format.schema import layer_of
-from fastcache.errors import InputError, ModelError
+from fastcache.config import differences
+from fastcache.errors import InputError, MismatchError, ModelError
 from fastcache.files import fingerprint
 
 if TYPE_CHECKING:
@@ -216,6 +217,14 @@ def model_identity(source: ModelSource, config: Any) -> dict[str, Any]:
     if source.is_local:
         return {**identity, "weights_sha256": _weights_fingerprint(Path(source.path))}
     return {**identity, "revision": getattr(config, "_commit_hash", None) or source.revision}
+
+
+def known_model(identity: dict[str, Any], place: str | None, trust_remote_code: bool, what: str) -> ModelSource:
+    """The model of this identity, at `place` or by its name; raises `MismatchError` where that is another than `what` is of."""
+    source = ModelSource(place or identity["name"], identity.get("revision"), trust_remote_code)
+    if found := differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""}):
+        raise MismatchError(f"{what} is of another model than {source.name!r} ({'; '.join(found)}). Give --model.")
+    return source
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

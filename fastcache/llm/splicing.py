@@ -11,7 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import TokenIds
-from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_config, load_language_model
+from fastcache.llm.loading import (
+    ModelSource,
+    check_layers,
+    decoder_layers,
+    load_config,
+    load_language_model,
+    quiet,
+)
 
 Replace = Callable[[Tensor], Tensor]
 """From the residual stream `[n, d_in]`, float32, to what takes its place."""
@@ -29,17 +36,55 @@ class SplicedModel:
         self._device = device
 
     @torch.inference_mode()
-    def log_probs(self, token_ids: TokenIds, splice: tuple[str, Replace] | None = None) -> Tensor:
-        """Log probabilities `[n, vocabulary]`, float32, of the token after each; `splice`: where, and what to do there."""
-        ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(self._device)
-        with self._spliced(*splice) if splice else nullcontext():
-            logits = self._model(input_ids=ids, use_cache=False).logits[0]
+    def log_probs(self, token_ids: TokenIds, splice: tuple[str, Replace] | None = None, first: int = 0) -> Tensor:
+        """Log probabilities `[n, vocabulary]`, float32, of the token after each.
+
+        `splice`: where, and what to do there, from position `first` on.
+        """
+        with self._spliced(*splice, first) if splice else nullcontext():
+            logits = self._model(input_ids=self._batch_of(token_ids), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def _spliced(self, hook_point: str, replace: Replace) -> RemovableHandle:
+    @torch.inference_mode()
+    def generate(
+        self,
+        token_ids: TokenIds,
+        max_new_tokens: int,
+        splice: tuple[str, Replace] | None = None,
+        first: int = 0,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> TokenIds:
+        """Tokens after `token_ids`, until the model ends its turn; the most likely ones, or drawn if `temperature` isn't 0."""
+        ids = self._batch_of(token_ids)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        torch.manual_seed(seed)
+        with quiet(), self._spliced(*splice, first) if splice else nullcontext():
+            found = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling
+            )
+        return np.asarray(found[0, ids.shape[1] :].cpu(), np.int32)
+
+    def ends_turn(self, token: int) -> bool:
+        """Whether the model stops after this token."""
+        ends = self._model.generation_config.eos_token_id
+        return token in (ends if isinstance(ends, list) else [ends])
+
+    def _batch_of(self, token_ids: TokenIds) -> Tensor:
+        return torch.from_numpy(token_ids.astype(np.int64))[None].to(self._device)
+
+    def _spliced(self, hook_point: str, replace: Replace, first: int) -> RemovableHandle:
+        seen = 0  # generation gives the prompt first, then token by token
+
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            nonlocal seen
             states = output[0] if isinstance(output, tuple) else output
-            new = replace(states[0].float()).to(states.dtype)[None]
+            start = min(max(0, first - seen), states.shape[1])
+            seen += states.shape[1]
+            new = states.clone()
+            new[0, start:] = replace(states[0, start:].float()).to(states.dtype)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return self._layers[layer_of(hook_point)].register_forward_hook(hook)

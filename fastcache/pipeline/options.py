@@ -29,8 +29,8 @@ def _click_option(field: "dataclasses.Field[Any]", kind: Any) -> Decorator:
     help_text = field.metadata["help"]
     if field.default is dataclasses.MISSING:
         help_text += "  [needed]"
-    elif field.default is not None and not isinstance(field.default, bool):
-        shown = f"{field.default:,}" if isinstance(field.default, int) and field.default >= 10_000 else field.default
+    elif field.default not in (None, ()) and not isinstance(field.default, bool):
+        shown = _shown(field.default)
         help_text += f"  [default: {shown}]"
     choices = field.metadata["choices"]
     if base is bool:
@@ -40,6 +40,14 @@ def _click_option(field: "dataclasses.Field[Any]", kind: Any) -> Decorator:
     shown_type = click.Choice(choices) if choices else click.STRING
     metavar = None if choices else {int: "N", float: "X"}.get(base, "TEXT")
     return click.option(flag, multiple=multiple, type=shown_type, metavar=metavar, default=None, help=help_text)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(_shown, default))
+    if isinstance(default, (int, float)):
+        return f"{default:,}" if isinstance(default, int) and default >= 10_000 else f"{default:g}"
+    return str(default)
 
 
 def field_options(cls: type[Any]) -> Decorator:

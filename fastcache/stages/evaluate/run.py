@@ -17,7 +17,7 @@ from fastcache.devices import choose_device
 from fastcache.errors import InputError, MismatchError
 from fastcache.extras import require_packages
 from fastcache.files import fingerprint, require_fields, write_json_atomic
-from fastcache.llm.loading import ModelSource, load_config, model_identity
+from fastcache.llm.loading import ModelSource, known_model
 from fastcache.llm.splicing import SplicedModel
 from fastcache.llm.transformers_backend import DTYPES
 from fastcache.llm.vllm_backend.splicing import SplicedEngine
@@ -65,7 +65,9 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
     hooks = sorted({candidate.info["hook_point"] for candidate in candidates})
     if config.with_model and config.model_backend == "vllm":
         require_packages("--model-backend vllm", "vllm", "vllm")
-    source = _model_source(config, cache) if config.with_model else None
+    identity, source = cache.manifest.identity["model"], None
+    if config.with_model:
+        source = known_model(identity, config.model, config.trust_remote_code, str(cache.path))
     n_instances = min(config.max_instances, cache.n_instances)
     with progress.task("evaluate", n_instances, "dialogues") as task:
         for batch in _batches(cache, n_instances):
@@ -77,17 +79,6 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
             task.advance(len(batch))
     spliced = _with_model(config, source, cache, candidates, device, progress) if source else [None] * len(candidates)
     return [_write(one, cache, n_instances, with_model) for one, with_model in zip(candidates, spliced, strict=True)]
-
-
-def _model_source(config: EvaluateConfig, cache: Cache) -> ModelSource:
-    """The model that the cache was made with; raises `MismatchError` for another one."""
-    identity = cache.manifest.identity["model"]
-    source = ModelSource(config.model or identity["name"], identity.get("revision"), config.trust_remote_code)
-    if found := differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""}):
-        raise MismatchError(
-            f"{cache.path} is of another model than {source.name!r} ({'; '.join(found)}). Give --model."
-        )
-    return source
 
 
 def _with_model(

@@ -1,0 +1,99 @@
+"""`fastcache steer` and `fastcache steer find`."""
+
+import shlex
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.options import output_options, resolve, settings_options
+from fastcache.pipeline.places import RUNS, slug
+from fastcache.stages.steer.config import FindConfig, SteerConfig
+
+HELP = """Generate with latents turned up, clamped or ablated at the SAE's layer, beside what the model says by itself.
+
+Adds alpha times the latent's decoder row to the residual stream, at every position, and decodes greedily. `steer find`
+says which latents are most active on special tokens.
+
+\b
+Examples:
+  fastcache steer --sae DIR --latent 13794 --alpha 0,25,50,100 --prompt "Tell me about the sea."
+  fastcache steer --sae DIR --latent 7 --latent 9 --together --positions generated --prompts prompts.txt
+  fastcache steer --sae DIR --latent 7 --mode ablate --prompt "Tell me about the sea."
+  fastcache steer find --sae DIR --cache STEER_CACHE
+"""
+
+FIND_HELP = """Find the latents that are most active on each special token: the mean, over dialogues, of their maximum there.
+
+\b
+Examples:
+  fastcache extract --model demo --layer 2 --split steer
+  fastcache steer find --sae DIR --cache fastcache-runs/cache-demo-fast-steer-layer-2
+"""
+
+
+@click.group(help=HELP, invoke_without_command=True)
+@output_options
+@settings_options(SteerConfig)
+@click.pass_context
+def command(context: click.Context, /, out: Path | None, fresh: bool, **given: Any) -> None:
+    """Run the steer stage."""
+    if context.invoked_subcommand:
+        return
+    given["alpha"] = [part for text in given["alpha"] for part in text.split(",")]
+    config = resolve(SteerConfig, given)
+    from fastcache.stages.steer.run import STEERING_FILE, steer
+
+    latents = "-".join(map(str, config.latent))
+    place = out or RUNS / f"steer-{slug(Path(config.sae).resolve().name)}-{config.mode}-{latents}"
+    console = Console()
+    progress = RichProgress(console)
+    progress.say(f"Steering: {place}")
+    rows = steer(config, place, progress, fresh)
+    for prompt, group in groupby(rows, lambda row: row["prompt"]):
+        _show(console, prompt, list(group))
+    progress.say(f"\nAll of it: {place / STEERING_FILE}")
+
+
+def _show(console: Console, prompt: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=Text(f"\n{prompt}"), title_justify="left", padding=(0, 1), expand=False)
+    for name in ("latents", "alpha", "tokens", "repeated", "KL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("said")
+    for row in rows:
+        latents = ", ".join(map(str, row["latents"])) or "none"
+        alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
+        length = f"{row['n_tokens']}{'' if row['ended'] else '+'}"
+        table.add_row(latents, alpha, length, f"{row['repetition']:.0%}", f"{row['kl']:.3f}", Text(row["text"].strip()))
+    console.print(table)
+
+
+@command.command(name="find", help=FIND_HELP)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="CSV to write.  [default: beside the SAE]")
+@settings_options(FindConfig)
+def find_command(out: Path | None, **given: Any) -> None:
+    """Find latents of special tokens."""
+    config = resolve(FindConfig, given)
+    from fastcache.stages.steer.find import find
+
+    console = Console()
+    progress = RichProgress(console)
+    place = out or Path(config.sae) / "special_tokens.csv"
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("token", no_wrap=True)
+    table.add_column("dialogues", justify="right")
+    table.add_column("latent:mean of maxima")
+    best = None
+    for found in find(config, place, progress):
+        best = best or found.latents[0][0]
+        shown = "  ".join(f"{latent}:{value:.4g}" for latent, value in found.latents)
+        table.add_row(Text(f"{found.token} ({found.token_id})"), f"{found.n_dialogues:,}", shown)
+    console.print(table)
+    progress.say(f"Table: {place}")
+    if best is not None:
+        progress.say(f'Next: fastcache steer --sae {shlex.quote(config.sae)} --latent {best} --prompt "..."')

@@ -1,0 +1,1 @@
+"""steer: SAE, latents and prompts -> generations, and latents of special tokens."""

@@ -1,0 +1,113 @@
+"""Latents to steer with: those that are most active on each special token, as the paper finds them (table F.3)."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastcache.cache_format.reader import Cache, open_cache
+from fastcache.cache_format.schema import select
+from fastcache.config import differences
+from fastcache.devices import choose_device
+from fastcache.errors import FastcacheError, InputError, MismatchError
+from fastcache.files import require_fields, write_bytes_atomic
+from fastcache.llm.loading import ModelSource, load_tokenizer
+from fastcache.progress import Progress
+from fastcache.sae.architectures import Sae
+from fastcache.sae.storage import INFO_FILE, load_sae
+from fastcache.stages.steer.config import FindConfig
+
+
+class Found(NamedTuple):
+    """A special token, in how many dialogues it is, and its latents with their mean maximum activation, highest first."""
+
+    token_id: int
+    token: str
+    n_dialogues: int
+    latents: list[tuple[int, float]]
+
+
+def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
+    """For each special token the latents with the highest mean, over the dialogues, of their maximum on it; writes `out`, CSV.
+
+    Raises `InputError` for a cache of blocks, `MismatchError` for an SAE of another model or layer.
+    """
+    cache = open_cache(config.cache)
+    cache.require_complete()
+    if cache.manifest.identity["method"]["name"] != "fast":
+        raise InputError(f"{config.cache} holds blocks; this is by dialogue, on a cache of --method fast.")
+    folder = Path(config.sae)
+    sae, info = load_sae(folder)
+    _require_match(sae, info, cache, folder)
+    device = choose_device(config.device)
+    means = _means(cache, sae.to(device), info["hook_point"], min(config.max_instances, cache.n_instances), progress)
+    found = [
+        Found(token, text, mean.n_dialogues, mean.highest(config.top))
+        for (token, mean), text in zip(means.items(), _texts(list(means), cache), strict=True)
+    ]
+    write_bytes_atomic(out, _csv(found).encode())
+    return found
+
+
+def _require_match(sae: Sae, info: dict[str, Any], cache: Cache, folder: Path) -> None:
+    require_fields(info, {"hook_point": str, "model": dict}, folder / INFO_FILE)
+    if changes := differences(info["model"], cache.manifest.identity["model"]):
+        raise MismatchError(f"{folder} and {cache.path} come from different models ({'; '.join(changes)}).")
+    if info["hook_point"] not in cache.hook_points or sae.d_in != cache.d_in:
+        held = ", ".join(cache.hook_points)
+        raise MismatchError(f"{folder} was trained at {info['hook_point']}, but {cache.path} holds {held}.")
+
+
+@dataclass
+class _Mean:
+    """Of each latent's maximum in a dialogue, over the dialogues that have the token."""
+
+    total: torch.Tensor
+    """`[d_sae]`, float64."""
+    n_dialogues: int = 0
+
+    def highest(self, count: int) -> list[tuple[int, float]]:
+        values, latents = (self.total / self.n_dialogues).topk(min(count, len(self.total)))
+        return list(zip(latents.tolist(), values.tolist(), strict=True))
+
+
+def _means(cache: Cache, sae: Sae, hook_point: str, n_instances: int, progress: Progress) -> dict[int, _Mean]:
+    means: dict[int, _Mean] = {}
+    device = sae.b_dec.device
+    with progress.task("find", n_instances, "dialogues") as task:
+        for index in range(n_instances):
+            instance = cache.instance(index)
+            special = select(instance.token_types, "special")
+            ids = instance.token_ids[special]
+            acts = sae.encode(torch.from_numpy(instance.residuals(hook_point)[special]).to(device))
+            for token in np.unique(ids).tolist():
+                largest = acts[torch.from_numpy(ids == token).to(device)].amax(0).double()
+                mean = means.setdefault(token, _Mean(torch.zeros_like(largest)))
+                mean.total += largest
+                mean.n_dialogues += 1
+            task.advance(1)
+    return dict(sorted(means.items()))
+
+
+def _texts(tokens: list[int], cache: Cache) -> list[str]:
+    """How the tokenizer writes the tokens; their numbers where it isn't at hand."""
+    identity = cache.manifest.identity["model"]
+    try:
+        tokenizer = load_tokenizer(ModelSource(identity["name"], identity.get("revision")))
+    except FastcacheError:
+        return [str(token) for token in tokens]
+    return [str(text) for text in tokenizer.convert_ids_to_tokens(tokens)]
+
+
+def _csv(found: list[Found]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("token_id", "token", "n_dialogues", "rank", "latent", "value"))
+    for each in found:
+        for rank, (latent, value) in enumerate(each.latents, 1):
+            writer.writerow((each.token_id, each.token, each.n_dialogues, rank, latent, value))
+    return text.getvalue()

@@ -1,0 +1,33 @@
+"""What is done to the residual stream x `[n, d_in]` in the name of latents; all else in it stays what it was."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcache.llm.splicing import Replace
+from fastcache.sae.architectures import Sae
+
+
+def add(sae: Sae, latents: Sequence[int], alpha: float) -> Replace:
+    """x + alpha d_k, summed over the latents k; d_k is row k of W_dec (the paper's steering, method of its section 5)."""
+    shift = alpha * sae.W_dec[list(latents)].sum(0)
+    return lambda x: x + shift
+
+
+def clamp(sae: Sae, latents: Sequence[int], value: float) -> Replace:
+    """x + (value - f_k(x)) d_k: what x would be, had the latents this activation. With 0 the latents are ablated."""
+    chosen = list(latents)
+    directions = sae.W_dec[chosen]
+
+    def replace(x: Tensor) -> Tensor:
+        return torch.addmm(x, value - sae.encode(x)[:, chosen], directions)
+
+    return replace
+
+
+def make(sae: Sae, mode: str, latents: Sequence[int], alpha: float) -> Replace:
+    """The intervention of `--mode`."""
+    if mode == "add":
+        return add(sae, latents, alpha)
+    return clamp(sae, latents, 0.0 if mode == "ablate" else alpha)
