@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,18 @@ def test_all_methods_are_trained_on_equally_many_tokens(studied):
     assert {e["training"]["tokens"] for e in evaluations(studied[1]).values()} == {smallest // 64 * 64}
 
 
-def test_a_finished_study_trains_nothing_again(studied):
+def test_a_finished_study_trains_and_evaluates_nothing_again(studied):
     path, out = studied
-    before = {file: file.stat().st_mtime_ns for file in [*out.rglob("sae.safetensors"), *out.rglob("parts.jsonl")]}
+    before = {file: file.stat().st_mtime_ns for file in [*out.rglob("sae.safetensors"), *out.rglob("evaluation.json")]}
     main(["sweep", "--config", str(path), "--out", str(out)])
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_other_settings_of_the_evaluation_are_evaluated_anew(studied, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(studied[1], out)
+    main(["sweep", "--config", str(studied[0]), "--out", str(out), "--set", "evaluate.max_instances=3"])
+    assert {e["held_out"]["dialogues"] for e in evaluations(out).values()} == {3}
 
 
 def test_a_study_that_was_stopped_goes_on(studied, tmp_path, monkeypatch):

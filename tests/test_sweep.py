@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +194,12 @@ def test_a_member_that_can_not_be_trained_is_named_before_anything_is_written(sm
     with pytest.raises(InputError, match="standard-k-3: --k is an option of"):
         sweep(config, tmp_path / "sweep", Silent())
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_goes_on_where_its_cache_was_moved(small_cache, tmp_path):
+    shutil.copytree(small_cache, tmp_path / "before")
+    runs = [{"arch": "topk", "k": 4}, {"arch": "topk", "k": 8}]
+    sweep(make_config(tmp_path / "before", runs=runs), tmp_path / "sweep", Silent())
+    (tmp_path / "before").rename(tmp_path / "after")
+    result = sweep(make_config(tmp_path / "after", runs=runs), tmp_path / "sweep", Silent())
+    assert [member["state"] for member in result["members"].values()] == ["trained"] * 2

@@ -4,14 +4,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastcache.config import as_dict
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
+from fastcache.files import fingerprint, read_json, write_json_atomic
 from fastcache.pipeline.study import Study
 from fastcache.progress import Progress
+from fastcache.sae.storage import INFO_FILE
+from fastcache.stages.evaluate.config import EvaluateConfig
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.report.config import ReportConfig
 
 REPORT_FILE = "report.html"
+EVALUATED_FILE = "evaluated.json"
+"""Which SAEs were evaluated, and how: with the model that takes a while."""
 Evaluations = list[dict[str, Any]]
 
 
@@ -30,7 +36,6 @@ def run_study(study: Study, out: Path, progress: Progress, fresh: bool = False) 
 
     Raises what the stages raise; a member of a sweep that fails doesn't stop the others, and isn't evaluated.
     """
-    from fastcache.stages.evaluate.run import evaluate
     from fastcache.stages.report.run import require_report_packages, write_report
 
     require_report_packages()
@@ -39,7 +44,7 @@ def run_study(study: Study, out: Path, progress: Progress, fresh: bool = False) 
     saes = _train(study, out, progress, fresh)
     if not saes:
         raise InputError(f"None of the SAEs was trained; {out}/sae-*/*/failed.json says why.")
-    evaluations = evaluate(study.evaluation(saes, caches[-1]), progress)
+    evaluations = _evaluate(study.evaluation(saes, caches[-1]), out / EVALUATED_FILE, progress, fresh)
     write_report(
         ReportConfig(
             sae=tuple(str(sweep_folder(out, method)) for method in study.methods),
@@ -91,3 +96,18 @@ def _train(study: Study, out: Path, progress: Progress, fresh: bool) -> list[Pat
         result = sweep(study.members(cache, common), place, progress, fresh)
         saes += [place / name for name, member in result["members"].items() if member["state"] == "trained"]
     return saes
+
+
+def _evaluate(config: EvaluateConfig, done: Path, progress: Progress, fresh: bool) -> Evaluations:
+    """The evaluations; those that are there, if `done` says that they are of these SAEs and settings."""
+    from fastcache.stages.evaluate.run import EVALUATION_FILE, evaluate
+
+    folders = [Path(sae) for sae in config.sae]
+    wanted = {"settings": as_dict(config), "saes": [fingerprint(read_json(each / INFO_FILE)) for each in folders]}
+    files = [folder / EVALUATION_FILE for folder in folders]
+    if not fresh and done.is_file() and read_json(done) == wanted and all(file.is_file() for file in files):
+        progress.say(f"Evaluation of {len(files)} SAEs is there; nothing to do.")
+        return [read_json(file) for file in files]
+    evaluations = evaluate(config, progress)
+    write_json_atomic(done, wanted)
+    return evaluations

@@ -67,6 +67,7 @@ def _measure_one(
     masks: npt.NDArray[np.bool_],
 ) -> None:
     clean = model.log_probs(ids)[:-1]
+    probabilities = clean.exp()
     following = torch.from_numpy(ids[1:].astype(np.int64)).to(clean.device)
 
     def losses(log_probs: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def _measure_one(
         ablated[hook] = [losses(zero), losses(model.log_probs(ids, (hook, lambda x, mean=mean: mean.expand_as(x))))]  # type: ignore[misc]
     for one in saes:
         log_probs = model.log_probs(ids, (one.hook_point, one.sae))[:-1]
-        kl = (clean.exp() * (clean - log_probs)).sum(1).double()
+        kl = (probabilities * (clean - log_probs)).sum(1).double()
         figures = [torch.ones_like(kl), losses(clean), *ablated[one.hook_point], losses(log_probs), kl]
         one.dialogues.append(masks.astype(np.float64) @ torch.stack(figures, 1).cpu().numpy())
 

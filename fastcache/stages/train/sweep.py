@@ -19,6 +19,7 @@ from fastcache.memory import free_memory
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.storage import INFO_FILE
+from fastcache.stages.train.config import FREE_ON_RESUME
 from fastcache.stages.train.member import Member
 from fastcache.stages.train.plan import buffer_bytes, member_bytes
 from fastcache.stages.train.run import begin, say_selection, train_together
@@ -120,7 +121,8 @@ def sweep(config: SweepConfig, out: Path, progress: Progress, fresh: bool = Fals
     settings = {"members": {name: as_dict(member) for name, member in config.members.items()}}
     owned = (SWEEP_FILE, *config.members)
     plan = plan_sweep(config)  # what is wrong is told before anything is written
-    with output_directory(out, "sweep", settings, owned, fresh=fresh):
+    free = [f"members.{name}.{setting}" for name in config.members for setting in FREE_ON_RESUME]
+    with output_directory(out, "sweep", settings, owned, free=free, fresh=fresh):
         path = out / SWEEP_FILE
         if path.exists():  # those who were trained together go on together, whatever is free now
             plan = Plan(plan.tasks, read_json(path)["passes"])
