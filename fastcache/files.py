@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +120,25 @@ def fsync_tree(root: Path) -> None:
         fsync_directory(Path(folder))
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves either the old file or the new one."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` at the end of the block: a crash leaves the old file or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:  # a full disk gets its space back
+    except BaseException:  # a full disk gets its space back
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash leaves either the old file or the new one."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def readable_json(value: Any) -> bytes:

@@ -232,7 +232,7 @@ def test_what_cannot_be_steered_is_told(folder, small_cache, tmp_path):
         with pytest.raises(InputError, match=message):
             run(folder, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(MismatchError, match="different models"):
+    with pytest.raises(MismatchError, match=r"trained at resid_post\.2, but"):
         find(FindConfig(sae=str(folder), cache=str(small_cache)), tmp_path / "out.csv", Silent())
     other = open_cache(small_cache).manifest.identity["model"]["name"]
     with pytest.raises(MismatchError, match="is of another model"):

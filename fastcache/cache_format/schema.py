@@ -157,3 +157,16 @@ def decode(stored: npt.NDArray[np.generic], logical_dtype: str) -> npt.NDArray[n
     if logical_dtype == "bfloat16":
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(np.float32, copy=False)
+
+
+_ROLES = {role.name.lower(): role for role in TurnRole if role is not TurnRole.NONE}
+TOKEN_SETS = (*SPLITS, "first", *_ROLES)
+"""What figures are given of: the splits, position 0, and the turns of each role, with all of their tokens."""
+
+
+def token_sets(token_types: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Masks `[sets, n]` of the tokens of each of `TOKEN_SETS`."""
+    roles = turn_roles(token_types)
+    masks = [select(token_types, split) for split in SPLITS]
+    masks += [(token_types & TokenType.FIRST_POSITION) != 0, *(roles == role for role in _ROLES.values())]
+    return np.stack(masks)

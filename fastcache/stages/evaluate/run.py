@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastcache.cache_format.reader import Cache, CachedInstance, open_cache
-from fastcache.cache_format.schema import SPLITS, TokenType, TurnRole, select, turn_roles
-from fastcache.config import differences
+from fastcache.cache_format.schema import TOKEN_SETS, token_sets
 from fastcache.devices import choose_device
-from fastcache.errors import InputError, MismatchError
+from fastcache.errors import InputError
 from fastcache.extras import require_packages
-from fastcache.files import fingerprint, require_fields, write_json_atomic
+from fastcache.files import fingerprint, write_json_atomic
 from fastcache.llm.loading import ModelSource, known_model
 from fastcache.llm.splicing import SplicedModel
 from fastcache.llm.transformers_backend import DTYPES
@@ -24,15 +22,12 @@ from fastcache.llm.vllm_backend.splicing import SplicedEngine
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.metrics import Metrics
-from fastcache.sae.storage import load_sae
+from fastcache.sae.of_cache import load_sae_of
 from fastcache.stages.evaluate.config import EvaluateConfig
 from fastcache.stages.evaluate.with_model import Spliced, measure, measure_in_engine, result_of
 
 BATCH_TOKENS = 8192
 EVALUATION_FILE = "evaluation.json"
-ROLES = {role.name.lower(): role for role in TurnRole if role is not TurnRole.NONE}
-TOKEN_SETS = (*SPLITS, "first", *ROLES)
-"""What is measured: the named sets, position 0, and the turns of each role, with all of their tokens."""
 
 
 @dataclass
@@ -97,35 +92,21 @@ def _with_model(
     if not instances:
         raise InputError(f"--with-model needs dialogues of two tokens or more, and {cache.path} begins with none.")
 
-    def token_sets(instance: CachedInstance) -> npt.NDArray[np.bool_]:
-        return _token_sets([instance])[0].numpy()
-
     if config.model_backend == "vllm":
         longest = max(map(len, instances))
         engine = SplicedEngine(source, sorted(means), config.model_dtype, device, longest)
         try:
-            measure_in_engine(saes, engine, means, instances, token_sets, progress)
+            measure_in_engine(saes, engine, means, instances, progress)
         finally:
             engine.close()
     else:
         model = SplicedModel(source, sorted(means), DTYPES[config.model_dtype], device)
-        measure(saes, model, means, instances, token_sets, progress)
+        measure(saes, model, means, instances, progress)
     return [result_of(one, TOKEN_SETS) for one in saes]
 
 
 def _load(folder: Path, cache: Cache, device: str) -> _Candidate:
-    sae, info = load_sae(folder)
-    fields = {"hook_point": str, "model": dict, "tokenizer": dict, "method": dict, "training": dict}
-    require_fields(info, fields, folder / "sae.json")
-    if info["hook_point"] not in cache.hook_points:
-        held = ", ".join(cache.hook_points)
-        raise MismatchError(f"{folder} was trained at {info['hook_point']}, but {cache.path} holds {held}.")
-    identity = cache.manifest.identity
-    for name in ("model", "tokenizer"):
-        if found := differences(info[name], identity[name]):
-            raise MismatchError(f"{folder} and {cache.path} come from different {name}s ({'; '.join(found)}).")
-    if sae.d_in != cache.d_in:
-        raise MismatchError(f"{folder} has d_in {sae.d_in}, but {cache.path} has {cache.d_in}.")
+    sae, info = load_sae_of(cache, folder)
     return _Candidate(folder, sae.to(device), info, Metrics(TOKEN_SETS, sae.d_in, sae.d_sae, device))
 
 
@@ -144,12 +125,8 @@ def _batches(cache: Cache, n_instances: int) -> Iterator[list[CachedInstance]]:
 def _token_sets(batch: list[CachedInstance]) -> tuple[Tensor, Tensor]:
     """Masks bool `[sets, n]` of `TOKEN_SETS`, and dialogue numbers `[n]`, of the tokens of a batch."""
     types = np.concatenate([instance.token_types for instance in batch])
-    roles = turn_roles(types)
-    masks = [select(types, split) for split in SPLITS]
-    masks += [(types & TokenType.FIRST_POSITION) != 0, *(roles == role for role in ROLES.values())]
-    return torch.from_numpy(np.stack(masks)), torch.repeat_interleave(
-        torch.tensor([len(instance) for instance in batch])
-    )
+    lengths = torch.tensor([len(instance) for instance in batch])
+    return torch.from_numpy(token_sets(types)), torch.repeat_interleave(lengths)
 
 
 def _write(candidate: _Candidate, cache: Cache, n_instances: int, with_model: dict[str, Any] | None) -> dict[str, Any]:

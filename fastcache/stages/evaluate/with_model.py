@@ -5,7 +5,7 @@ the last token of a dialogue has none. Zero and mean ablation put zeros, or the 
 of the whole stream: an SAE that recovers the loss fully has a `loss_recovered` of 1, one that is no better than the ablation 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcache.cache_format.reader import CachedInstance
+from fastcache.cache_format.schema import token_sets
 from fastcache.llm.splicing import Replace, SplicedModel
 from fastcache.llm.vllm_backend.splicing import Losses, Splice, SplicedEngine
 from fastcache.progress import Progress
@@ -25,9 +26,6 @@ from fastcache.sae.storage import load_sae
 
 COLUMNS = ("n_tokens", "loss", "loss_zero", "loss_mean", "loss_spliced", "kl")
 """Sums over the tokens of a dialogue in a set."""
-
-TokenSets = Callable[[CachedInstance], npt.NDArray[np.bool_]]
-"""Masks `[sets, n]` of a dialogue's tokens."""
 
 
 @dataclass
@@ -46,7 +44,6 @@ def measure(
     model: SplicedModel,
     means: dict[str, Tensor],
     instances: Sequence[CachedInstance],
-    token_sets: TokenSets,
     progress: Progress,
 ) -> None:
     """Run dialogues of two tokens or more: as they are, ablated at each hook point, and with each SAE; fills `saes`.
@@ -55,7 +52,7 @@ def measure(
     """
     with progress.task("evaluate with the model", len(instances), "dialogues") as task:
         for instance in instances:
-            _measure_one(saes, model, means, instance.token_ids, token_sets(instance)[:, :-1])
+            _measure_one(saes, model, means, instance.token_ids, token_sets(instance.token_types)[:, :-1])
             task.advance(1)
 
 
@@ -89,7 +86,6 @@ def measure_in_engine(
     engine: SplicedEngine,
     means: dict[str, Tensor],
     instances: Sequence[CachedInstance],
-    token_sets: TokenSets,
     progress: Progress,
 ) -> None:
     """The same in vLLM, which takes all dialogues at a time and gives losses alone: KL is NaN."""
@@ -111,7 +107,7 @@ def measure_in_engine(
                 zero, mean_ablated = (found[place] for found in ablated[one.hook_point])
                 n = np.ones_like(zero)
                 figures = np.stack([n, clean[place], zero, mean_ablated, spliced[place], np.nan * n], 1)
-                one.dialogues.append(token_sets(instance)[:, :-1].astype(np.float64) @ figures)
+                one.dialogues.append(token_sets(instance.token_types)[:, :-1].astype(np.float64) @ figures)
 
 
 def make_constant(values: list[float], device: str) -> Replace:

@@ -4,21 +4,20 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import select
-from fastcache.config import differences
 from fastcache.devices import choose_device
-from fastcache.errors import FastcacheError, InputError, MismatchError
-from fastcache.files import require_fields, write_bytes_atomic
+from fastcache.errors import FastcacheError, InputError
+from fastcache.files import write_bytes_atomic
 from fastcache.llm.loading import ModelSource, load_tokenizer
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
-from fastcache.sae.storage import INFO_FILE, load_sae
+from fastcache.sae.of_cache import load_sae_of
 from fastcache.stages.steer.config import FindConfig
 
 
@@ -40,9 +39,7 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
     cache.require_complete()
     if cache.manifest.identity["method"]["name"] != "fast":
         raise InputError(f"{config.cache} holds blocks; this is by dialogue, on a cache of --method fast.")
-    folder = Path(config.sae)
-    sae, info = load_sae(folder)
-    _require_match(sae, info, cache, folder)
+    sae, info = load_sae_of(cache, Path(config.sae))
     device = choose_device(config.device)
     means = _means(cache, sae.to(device), info["hook_point"], min(config.max_instances, cache.n_instances), progress)
     found = [
@@ -51,15 +48,6 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
     ]
     write_bytes_atomic(out, _csv(found).encode())
     return found
-
-
-def _require_match(sae: Sae, info: dict[str, Any], cache: Cache, folder: Path) -> None:
-    require_fields(info, {"hook_point": str, "model": dict}, folder / INFO_FILE)
-    if changes := differences(info["model"], cache.manifest.identity["model"]):
-        raise MismatchError(f"{folder} and {cache.path} come from different models ({'; '.join(changes)}).")
-    if info["hook_point"] not in cache.hook_points or sae.d_in != cache.d_in:
-        held = ", ".join(cache.hook_points)
-        raise MismatchError(f"{folder} was trained at {info['hook_point']}, but {cache.path} holds {held}.")
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""interpret: SAE and held-out cache -> what each latent is active on."""

@@ -1,0 +1,122 @@
+"""The interpret stage: one pass over a held-out cache says what every latent is active on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from fastcache.cache_format.reader import Cache, open_cache
+from fastcache.cache_format.schema import TOKEN_SETS, token_sets
+from fastcache.config import as_dict
+from fastcache.devices import choose_device
+from fastcache.errors import FastcacheError, InputError
+from fastcache.files import fingerprint, write_bytes_atomic
+from fastcache.llm.loading import ModelSource, known_model, load_language_model, load_tokenizer
+from fastcache.progress import Progress
+from fastcache.rundir import output_directory
+from fastcache.sae.architectures import Sae
+from fastcache.sae.of_cache import load_sae_of
+from fastcache.stages.interpret.collect import Collector
+from fastcache.stages.interpret.config import FREE_ON_RESUME, InterpretConfig
+from fastcache.stages.interpret.decoder import nearest_latents, promoted_tokens
+from fastcache.stages.interpret.tables import (
+    Texts,
+    latent_columns,
+    ranked_column,
+    tokens_column,
+    write_contexts,
+    write_latents,
+)
+
+STATE_FILE, LATENTS_FILE, CONTEXTS_FILE = "state.safetensors", "latents.parquet", "contexts.parquet"
+OWNED = (STATE_FILE, LATENTS_FILE, CONTEXTS_FILE)
+CHECKPOINT_EVERY = 500
+"""Dialogues."""
+PROMOTED = 10
+"""Output tokens given of each latent, promoted and suppressed."""
+
+
+def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: bool = False) -> None:
+    """Write `latents.parquet` and `contexts.parquet` into `out`, or go on; docs/interpret.md has their columns.
+
+    Raises `InputError` for a cache of blocks, `MismatchError` for an SAE of another model, layer or width, or another model.
+    """
+    cache = open_cache(config.cache)
+    cache.require_complete()
+    if cache.manifest.identity["method"]["name"] != "fast":
+        raise InputError(f"{config.cache} holds blocks; contexts are of dialogues, in a cache of --method fast.")
+    sae, info = load_sae_of(cache, Path(config.sae))
+    source = None
+    if config.unembedding:
+        identity = cache.manifest.identity["model"]
+        source = known_model(identity, config.model, config.trust_remote_code, str(cache.path))
+    device = choose_device(config.device)
+    sources = {"sae_fingerprint": fingerprint(info), "cache_fingerprint": fingerprint(cache.manifest.identity)}
+    with output_directory(out, "interpret", {**as_dict(config), **sources}, OWNED, free=FREE_ON_RESUME, fresh=fresh):
+        if (out / LATENTS_FILE).exists():
+            progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
+            return
+        collected = _collect(config, cache, sae.to(device), info["hook_point"], out / STATE_FILE, progress)
+        texts = Texts(cache, _tokenizer(cache, config))
+        progress.say("Writing contexts and latents")
+        write_contexts(out / CONTEXTS_FILE, collected, texts)
+        columns = latent_columns(collected, TOKEN_SETS)
+        columns["neighbours"] = ranked_column(nearest_latents(sae.W_dec.detach(), config.neighbours))
+        if source is not None:
+            unembedding = _unembedding(source).to(device)
+            promoted, suppressed = promoted_tokens(sae.W_dec.detach(), unembedding, PROMOTED)
+            columns |= {"promoted": tokens_column(promoted, texts), "suppressed": tokens_column(suppressed, texts)}
+        write_latents(out / LATENTS_FILE, columns)  # last: it says that all is there
+        (out / STATE_FILE).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _collect(
+    config: InterpretConfig, cache: Cache, sae: Sae, hook_point: str, state: Path, progress: Progress
+) -> Collector:
+    device = str(sae.b_dec.device)
+    collected = Collector(sae.d_sae, len(TOKEN_SETS), config.top, config.window, config.seed, device)
+    done = _load(collected, state)
+    n_instances = min(config.max_instances, cache.n_instances)
+    with progress.task("interpret", n_instances, "dialogues") as task:
+        task.advance(done)
+        for index in range(done, n_instances):
+            instance = cache.instance(index)
+            acts = sae.encode(torch.from_numpy(instance.residuals(hook_point)).to(device))
+            collected.add(acts, torch.from_numpy(token_sets(instance.token_types)).to(device), index)
+            task.advance(1)
+            if (index + 1) % CHECKPOINT_EVERY == 0 and index + 1 < n_instances:
+                _save(collected, state, index + 1)
+    _save(collected, state, n_instances)
+    return collected
+
+
+def _save(collected: Collector, path: Path, done: int) -> None:
+    tensors = {name: value.contiguous().cpu() for name, value in collected.state().items()}
+    write_bytes_atomic(path, save({**tensors, "done": torch.tensor(done)}))
+
+
+def _load(collected: Collector, path: Path) -> int:
+    """Go on from a checkpoint; returns how many dialogues it has seen."""
+    if not path.is_file():
+        return 0
+    tensors = load_file(path)
+    done = int(tensors.pop("done"))
+    collected.load(tensors)
+    return done
+
+
+def _tokenizer(cache: Cache, config: InterpretConfig) -> Any:
+    """The model's; None where it isn't at hand."""
+    identity = cache.manifest.identity["model"]
+    source = ModelSource(config.model or identity["name"], identity.get("revision"), config.trust_remote_code)
+    try:
+        return load_tokenizer(source)
+    except FastcacheError:
+        return None
+
+
+def _unembedding(source: ModelSource) -> torch.Tensor:
+    model: Any = load_language_model(source, torch.float32, "cpu")
+    return model.get_output_embeddings().weight.detach()

@@ -1,0 +1,135 @@
+"""What was collected as Parquet: a line for each latent, and a line for each context."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastcache.cache_format.reader import Cache
+from fastcache.files import atomic_file
+from fastcache.stages.interpret.collect import NOWHERE, Collector, Contexts
+from fastcache.stages.interpret.decoder import Ranked
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Of a latent's activations: for each the context that was drawn from its bin."""
+LATENTS_TOGETHER = 1024
+
+_ranked = pa.list_(pa.struct([("index", pa.int32()), ("value", pa.float32())]))
+_ranked_tokens = pa.list_(pa.struct([("token", pa.string()), ("value", pa.float32())]))
+CONTEXT_SCHEMA = pa.schema(
+    [
+        ("latent", pa.int32()), ("kind", pa.string()), ("rank", pa.int32()), ("value", pa.float32()),
+        ("dialogue", pa.int32()), ("corpus_row", pa.int64()), ("position", pa.int32()), ("start", pa.int32()),
+        ("tokens", pa.list_(pa.string())), ("token_types", pa.list_(pa.uint8())), ("activations", pa.list_(pa.float32())),
+    ]
+)  # fmt: skip
+
+
+class Texts:
+    """Dialogues of a cache as pieces of text."""
+
+    def __init__(self, cache: Cache, tokenizer: Any) -> None:
+        """`tokenizer` None: tokens are shown by their numbers."""
+        self._cache, self._tokenizer = cache, tokenizer
+        self._pieces: dict[int, str] = {}
+
+    def piece(self, token: int) -> str:
+        """A token's text."""
+        if token not in self._pieces:
+            self._pieces[token] = self._tokenizer.decode([token]) if self._tokenizer else str(token)
+        return self._pieces[token]
+
+    def window(self, dialogue: int, position: int, window: int) -> dict[str, Any]:
+        """Pieces and types of the tokens around a position."""
+        instance = self._cache.instance(dialogue)
+        start, stop = max(0, position - window), min(len(instance), position + window + 1)
+        return {
+            "corpus_row": instance.instance_id,
+            "start": start,
+            "tokens": [self.piece(token) for token in instance.token_ids[start:stop].tolist()],
+            "token_types": instance.token_types[start:stop].tolist(),
+        }
+
+
+def write_contexts(path: Path, collected: Collector, texts: Texts) -> None:
+    """The contexts of every latent: the highest by rank, then those that were drawn, by quantile."""
+    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, CONTEXT_SCHEMA, compression="zstd") as writer:
+        for first in range(0, len(collected.histogram), LATENTS_TOGETHER):
+            latents = range(first, min(first + LATENTS_TOGETHER, len(collected.histogram)))
+            rows = [row for latent in latents for row in _contexts(latent, collected, texts)]
+            writer.write_table(pa.Table.from_pylist(rows, CONTEXT_SCHEMA))
+
+
+def _contexts(latent: int, collected: Collector, texts: Texts) -> Iterator[dict[str, Any]]:
+    values, dialogues = collected.top.value[latent].tolist(), collected.top.dialogue[latent].tolist()
+    order = sorted(range(len(values)), key=lambda place: (-values[place], dialogues[place]))
+    yield from _rows(latent, "top", collected.top, order, texts)
+    yield from _rows(latent, "drawn", collected.drawn, quantile_bins(collected.histogram[latent].tolist()), texts)
+
+
+def quantile_bins(histogram: Sequence[int]) -> list[int]:
+    """The bins that hold the quantiles of what was counted, each once."""
+    total, cumulated, bins = sum(histogram), 0, []
+    wanted = [share * total for share in QUANTILES] if total else []
+    for place, count in enumerate(histogram):
+        cumulated += count
+        if wanted and cumulated >= wanted[0]:
+            bins.append(place)
+            wanted = [each for each in wanted if each > cumulated]
+    return bins
+
+
+def _rows(latent: int, kind: str, contexts: Contexts, places: Sequence[int], texts: Texts) -> Iterator[dict[str, Any]]:
+    window = contexts.around.shape[2] // 2
+    for rank, place in enumerate(places):
+        dialogue, position = int(contexts.dialogue[latent, place]), int(contexts.position[latent, place])
+        if position == NOWHERE:
+            continue
+        shown = texts.window(dialogue, position, window)
+        first = window - (position - shown["start"])
+        around = contexts.around[latent, place, first : first + len(shown["tokens"])].tolist()
+        value = float(contexts.value[latent, place])
+        found = {
+            "latent": latent,
+            "kind": kind,
+            "rank": rank,
+            "value": value,
+            "dialogue": dialogue,
+            "position": position,
+        }
+        yield {**found, **shown, "activations": around}
+
+
+def write_latents(path: Path, columns: dict[str, Any]) -> None:
+    """A line for each latent."""
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+
+
+def latent_columns(collected: Collector, sets: Sequence[str]) -> dict[str, Any]:
+    """How often and how strongly each latent is active."""
+    active, n_tokens = collected.active.cpu().numpy(), collected.n_tokens.cpu().numpy()
+    n_active = active[:, 0]
+    columns = {
+        "latent": pa.array(range(len(active)), pa.int32()),
+        "n_active": pa.array(n_active),
+        "max_activation": pa.array(collected.top.value.amax(1).cpu().numpy()),
+        "mean_activation": pa.array(collected.total.cpu().numpy() / n_active.clip(min=1)),
+    }
+    for place, name in enumerate(sets):
+        columns[f"density_{name}"] = pa.array(active[:, place] / max(int(n_tokens[place]), 1))
+    return {**columns, "histogram": pa.array(collected.histogram.tolist(), pa.list_(pa.int64()))}
+
+
+def ranked_column(ranked: Ranked) -> Any:
+    """Latents with a value each."""
+    return pa.array([[{"index": index, "value": value} for index, value in each] for each in ranked], _ranked)
+
+
+def tokens_column(ranked: Ranked, texts: Texts) -> Any:
+    """Tokens with a value each."""
+    return pa.array(
+        [[{"token": texts.piece(index), "value": value} for index, value in each] for each in ranked], _ranked_tokens
+    )
