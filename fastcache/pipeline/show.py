@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastcache.cache_format.reader import Cache
-from fastcache.cache_format.schema import SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS, layer_of
+from fastcache.cache_format.schema import METHODS, SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS, layer_of
 from fastcache.corpus import Corpus
 from fastcache.files import read_json, read_json_lines, require_fields
 from fastcache.progress import Progress
@@ -164,7 +164,7 @@ def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> Non
     held_out = evaluations[0]["held_out"]
     title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}; log2 MSE (mean over dialogues) by kind of token"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    shown = sorted(evaluations, key=_place)
+    shown = sorted(evaluations, key=_rank)
     named = len({_place(result) for result in shown}) < len(shown)
     for name in ("layer", "arch", "data", *(("SAE",) if named else ())):
         table.add_column(name, no_wrap=True)
@@ -216,3 +216,8 @@ def _marked(context: dict[str, Any]) -> Text:
 
 def _place(result: dict[str, Any]) -> tuple[int, str, str]:
     return layer_of(result["hook_point"]), result["architecture"], result["trained_on"]
+
+
+def _rank(result: dict[str, Any]) -> tuple[int, str, int]:
+    layer, architecture, method = _place(result)
+    return layer, architecture, METHODS.index(method)  # in the paper's order
