@@ -237,3 +237,15 @@ def test_what_cannot_be_steered_is_told(folder, small_cache, tmp_path):
     other = open_cache(small_cache).manifest.identity["model"]["name"]
     with pytest.raises(MismatchError, match="is of another model"):
         run(folder, tmp_path / "out", model=other)
+
+
+def test_the_papers_strengths_are_the_default_and_text_does_not_speak_to_the_terminal(folder, tmp_path, monkeypatch):
+    said = {"text": "\x1b[31mred\x07", "n_tokens": 1, "ended": True, "repetition": 0.0, "kl": 0.0}
+    monkeypatch.setattr(steer_module.Generator, "__call__", lambda *_given: said)
+    words = ["steer", "--sae", str(folder), "--latent", "3", "--prompt", "\x1b[2JHello", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert "\x1b" not in done.output
+    assert "red" in done.output
+    alphas = [json.loads(line)["alpha"] for line in (tmp_path / "out" / "steering.jsonl").open()]
+    assert alphas == [None, 0, 15, 25, 50, 100, 150, 200]

@@ -7,10 +7,16 @@ from contextlib import AbstractContextManager, contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fastcache.progress import Task
 
 SECONDS_BETWEEN_LINES = 20
+
+
+def printable(text: str, style: str = "") -> Text:
+    """Text of a data set or a model: taken as it is, but that nothing in it speaks to the terminal."""
+    return Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text), style)
 
 
 class _Bar:

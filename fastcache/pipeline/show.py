@@ -12,6 +12,7 @@ from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import METHODS, SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS, layer_of
 from fastcache.corpus import Corpus
 from fastcache.files import read_json, read_json_lines, require_fields
+from fastcache.pipeline.console import printable
 from fastcache.progress import Progress
 from fastcache.stages.report.tables import figure, main_figures
 from fastcache.stages.train.config import ShuffleConfig
@@ -210,7 +211,7 @@ def _marked(context: dict[str, Any]) -> Text:
     text, at = Text(), context["position"] - context["start"]
     for place in range(max(0, at - AROUND), min(len(context["tokens"]), at + AROUND + 1)):
         piece = context["tokens"][place].replace("\n", "\u23ce")
-        text.append(piece, style="reverse" if place == at else "")
+        text.append_text(printable(piece, "reverse" if place == at else ""))
     return text
 
 

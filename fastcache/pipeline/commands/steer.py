@@ -8,9 +8,8 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, printable
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
 from fastcache.stages.steer.config import FindConfig, SteerConfig
@@ -45,7 +44,7 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
     """Run the steer stage."""
     if context.invoked_subcommand:
         return
-    given["alpha"] = [part for text in given["alpha"] for part in text.split(",")]
+    given["alpha"] = tuple(part for text in given["alpha"] for part in text.split(","))
     config = resolve(SteerConfig, given)
     from fastcache.stages.steer.run import STEERING_FILE, steer
 
@@ -61,7 +60,7 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
 
 
 def _show(console: Console, prompt: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=Text(f"\n{prompt}"), title_justify="left", padding=(0, 1), expand=False)
+    table = Table(title=printable(f"\n{prompt}"), title_justify="left", padding=(0, 1), expand=False)
     for name in ("latents", "alpha", "tokens", "repeated", "KL"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("said")
@@ -69,7 +68,9 @@ def _show(console: Console, prompt: str, rows: list[dict[str, Any]]) -> None:
         latents = ", ".join(map(str, row["latents"])) or "none"
         alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
         length = f"{row['n_tokens']}{'' if row['ended'] else '+'}"
-        table.add_row(latents, alpha, length, f"{row['repetition']:.0%}", f"{row['kl']:.3f}", Text(row["text"].strip()))
+        table.add_row(
+            latents, alpha, length, f"{row['repetition']:.0%}", f"{row['kl']:.3f}", printable(row["text"].strip())
+        )
     console.print(table)
 
 
@@ -92,7 +93,7 @@ def find_command(out: Path | None, **given: Any) -> None:
     for found in find(config, place, progress):
         best = best or found.latents[0][0]
         shown = "  ".join(f"{latent}:{value:.4g}" for latent, value in found.latents)
-        table.add_row(Text(f"{found.token} ({found.token_id})"), f"{found.n_dialogues:,}", shown)
+        table.add_row(printable(f"{found.token} ({found.token_id})"), f"{found.n_dialogues:,}", shown)
     console.print(table)
     progress.say(f"Table: {place}")
     if best is not None:
