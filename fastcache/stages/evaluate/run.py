@@ -91,9 +91,10 @@ def _with_model(
     instances = [instance for instance in instances if len(instance) > 1]  # of one token nothing is predicted
     if not instances:
         raise InputError(f"--with-model needs dialogues of two tokens or more, and {cache.path} begins with none.")
-
     if config.model_backend == "vllm":
         longest = max(map(len, instances))
+        for candidate in candidates:
+            candidate.sae.cpu()  # vLLM wants the device's memory, and loads the SAEs itself
         engine = SplicedEngine(source, sorted(means), config.model_dtype, device, longest)
         try:
             measure_in_engine(saes, engine, means, instances, progress)
