@@ -3,6 +3,11 @@
 from fastcache.errors import InputError
 
 
+def default_dtype(device: str) -> str:
+    """The dtype that a model runs in where the user doesn't say."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def choose_device(wanted: str | None) -> str:
     """`wanted`, or `cuda` where there is one, else `cpu`; raises `InputError` for a device that isn't there."""
     import torch

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from fastcache.assets import DEMO
 from fastcache.cache_format.schema import layer_of
 from fastcache.config import differences
-from fastcache.errors import InputError, MismatchError, ModelError
+from fastcache.errors import FastcacheError, InputError, MismatchError, ModelError
 from fastcache.files import fingerprint
 
 if TYPE_CHECKING:
@@ -225,6 +225,16 @@ def known_model(identity: dict[str, Any], place: str | None, trust_remote_code: 
     if found := differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""}):
         raise MismatchError(f"{what} is of another model than {source.name!r} ({'; '.join(found)}). Give --model.")
     return source
+
+
+def known_tokenizer(
+    identity: dict[str, Any], place: str | None = None, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of the model of this identity, at `place` or by its name; None where it isn't at hand."""
+    try:
+        return load_tokenizer(ModelSource(place or identity["name"], identity.get("revision"), trust_remote_code))
+    except FastcacheError:
+        return None
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

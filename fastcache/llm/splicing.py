@@ -20,8 +20,15 @@ from fastcache.llm.loading import (
     quiet,
 )
 
+ROWS_TOGETHER = 512
 Replace = Callable[[Tensor], Tensor]
 """From the residual stream `[n, d_in]`, float32, to what takes its place."""
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row `[n]`, float64, of log probabilities `[n, vocabulary]`; a few rows at a time, which are wide."""
+    pairs = zip(log_p.split(ROWS_TOGETHER), log_q.split(ROWS_TOGETHER), strict=True)
+    return torch.cat([(p.exp() * (p - q)).sum(1).double() for p, q in pairs])
 
 
 class SplicedModel:

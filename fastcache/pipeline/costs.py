@@ -43,15 +43,14 @@ def costs(study: Study) -> Costs:
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * size.d_in * len(layers)
     through = size.parameters * (max(layers) + 1) / size.n_layers
     members = study.members(Path("cache"), min(config.tokens, PAPER_TOKENS)).members.values()
-    widths = [member.expansion * size.d_in for member in members for _ in study.methods]
-    trained = [member.tokens or 0 for member in members for _ in study.methods]
+    latents_seen = sum(member.expansion * size.d_in * (member.tokens or 0) for member in members)
     return Costs(
         name=study.name,
-        n_saes=len(widths),
+        n_saes=len(members) * len(study.methods),
         n_caches=len(study.caches),
         cache_bytes=tokens * (row_bytes + TOKEN_BYTES),
         extract_flop=2.0 * through * tokens,
-        train_flop=sum(10.0 * size.d_in * width * n for width, n in zip(widths, trained, strict=True)),
+        train_flop=10.0 * size.d_in * latents_seen * len(study.methods),
     )
 
 

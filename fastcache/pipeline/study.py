@@ -80,6 +80,8 @@ def is_study(values: Mapping[str, Any]) -> bool:
 
 def read_study(name: str, values: Mapping[str, Any], scale: float = 1.0) -> Study:
     """The study in a mapping, everything in it `scale` times as large; raises `InputError` for what it can't be."""
+    if not 0 < scale < float("inf"):
+        raise InputError(f"--scale {scale:g}: expected a number above 0.")
     for key in values:
         if key not in KEYS:
             raise InputError(f"{name}: there is no key {key!r}; there are {', '.join(KEYS)}.{nearest(key, KEYS)}")

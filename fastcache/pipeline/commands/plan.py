@@ -34,9 +34,8 @@ Examples:
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices side by side.")
 def command(studies: tuple[Path, ...], scale: float, tflops: float | None, devices: int) -> None:
     """Print the costs of studies."""
-    for name, value in (("--scale", scale), ("--tflops", tflops)):
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{name} {value:g}: expected a number above 0.")
+    if tflops is not None and not 0 < tflops < float("inf"):
+        raise InputError(f"--tflops {tflops:g}: expected a number above 0.")
     found = []
     for path in studies:
         values = read_config(path)

@@ -60,8 +60,6 @@ def command(
     scale: float, dry_run: bool, out: Path | None, fresh: bool,
 ) -> None:  # fmt: skip
     """Run a sweep or a study."""
-    if not 0 < scale < float("inf"):
-        raise InputError(f"--scale {scale:g}: expected a number above 0.")
     values: dict[str, Any] = read_config(config_file) if config_file else {}
     values |= {name: given for name, given in (("cache", cache), ("memory", memory)) if given is not None}
     added = {key: text.split(",") for key, text in (_assignment(text, "--grid") for text in grid)}

@@ -53,8 +53,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
             f"{config.cache} holds training rows, so figures on it would flatter. Make a held-out cache with "
             "`fastcache extract --split eval`, or say --allow-train."
         )
-    if cache.manifest.identity["method"]["name"] != "fast":
-        raise InputError(f"{config.cache} holds blocks; evaluation is by dialogue, on a cache of --method fast.")
+    cache.require_dialogues()
     device = choose_device(config.device)
     candidates = [_load(Path(folder), cache, device) for folder in config.sae]
     hooks = sorted({candidate.info["hook_point"] for candidate in candidates})

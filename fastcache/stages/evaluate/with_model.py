@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastcache.cache_format.reader import CachedInstance
 from fastcache.cache_format.schema import token_sets
-from fastcache.llm.splicing import Replace, SplicedModel
+from fastcache.llm.splicing import Replace, SplicedModel, kl_divergence
 from fastcache.llm.vllm_backend.splicing import Losses, Splice, SplicedEngine
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
@@ -26,8 +26,6 @@ from fastcache.sae.storage import load_sae
 
 COLUMNS = ("n_tokens", "loss", "loss_zero", "loss_mean", "loss_spliced", "kl")
 """Sums over the tokens of a dialogue in a set."""
-
-ROWS_TOGETHER = 512
 
 
 @dataclass
@@ -77,15 +75,9 @@ def _measure_one(
         ablated[hook] = [losses(zero), losses(model.log_probs(ids, (hook, lambda x, mean=mean: mean.expand_as(x))))]  # type: ignore[misc]
     for one in saes:
         log_probs = model.log_probs(ids, (one.hook_point, one.sae))[:-1]
-        kl = _kl(clean, log_probs)
+        kl = kl_divergence(clean, log_probs)
         figures = [torch.ones_like(kl), losses(clean), *ablated[one.hook_point], losses(log_probs), kl]
         one.dialogues.append(masks.astype(np.float64) @ torch.stack(figures, 1).cpu().numpy())
-
-
-def _kl(clean: Tensor, spliced: Tensor) -> Tensor:
-    """KL divergence of each row `[n]` of log probabilities `[n, vocabulary]`; a few rows at a time, which are wide."""
-    pairs = zip(clean.split(ROWS_TOGETHER), spliced.split(ROWS_TOGETHER), strict=True)
-    return torch.cat([(p.exp() * (p - q)).sum(1).double() for p, q in pairs])
 
 
 def measure_in_engine(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fastcache.devices import choose_device
+from fastcache.devices import choose_device, default_dtype
 from fastcache.llm.backends import BackendPlan, choose_backend
 from fastcache.llm.loading import ModelSource, quantisation
 from fastcache.llm.self_test import SelfTest
@@ -27,7 +27,7 @@ class ModelUse:
         config, quantised = self.config, bool(quantisation(self.llm_config))
         self.device = choose_device(config.device)
         self.backend, self.reason = choose_backend(config.backend, self.device, config.tensor_parallel, quantised)
-        self.model_dtype = config.model_dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
+        self.model_dtype = config.model_dtype or default_dtype(self.device)
         self.n_checked = 0 if quantised else config.parity
         """Sequences that are compared with the plain model; of a quantised one there is none."""
 

@@ -100,7 +100,7 @@ class Collector:
     def state(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint; see `load`."""
         contexts = {"top": self.top, "drawn": self.drawn}
-        state = {f"{name}.{field}": getattr(each, field) for name, each in contexts.items() for field in FIELDS}
+        state = {f"{kind}.{name}": value for kind, each in contexts.items() for name, value in vars(each).items()}
         return {
             **state,
             "histogram": self.histogram,
@@ -113,6 +113,3 @@ class Collector:
         """Go on from a `state`."""
         for name, value in self.state().items():
             value.copy_(state[name])
-
-
-FIELDS = ("key", "value", "dialogue", "position", "around")

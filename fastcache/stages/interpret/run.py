@@ -10,9 +10,8 @@ from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import TOKEN_SETS, token_sets
 from fastcache.config import as_dict
 from fastcache.devices import choose_device
-from fastcache.errors import FastcacheError, InputError
 from fastcache.files import fingerprint, write_bytes_atomic
-from fastcache.llm.loading import ModelSource, known_model, load_language_model, load_tokenizer
+from fastcache.llm.loading import ModelSource, known_model, known_tokenizer, load_language_model
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.architectures import Sae
@@ -44,12 +43,10 @@ def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: boo
     """
     cache = open_cache(config.cache)
     cache.require_complete()
-    if cache.manifest.identity["method"]["name"] != "fast":
-        raise InputError(f"{config.cache} holds blocks; contexts are of dialogues, in a cache of --method fast.")
+    cache.require_dialogues()
     sae, info = load_sae_of(cache, Path(config.sae))
-    source = None
+    identity, source = cache.manifest.identity["model"], None
     if config.unembedding:
-        identity = cache.manifest.identity["model"]
         source = known_model(identity, config.model, config.trust_remote_code, str(cache.path))
     device = choose_device(config.device)
     sources = {"sae_fingerprint": fingerprint(info), "cache_fingerprint": fingerprint(cache.manifest.identity)}
@@ -58,7 +55,7 @@ def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: boo
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return
         collected = _collect(config, cache, sae.to(device), info["hook_point"], out / STATE_FILE, progress)
-        texts = Texts(cache, _tokenizer(cache, config))
+        texts = Texts(cache, known_tokenizer(identity, config.model, config.trust_remote_code))
         progress.say("Writing contexts and latents")
         write_contexts(out / CONTEXTS_FILE, collected, texts)
         columns = latent_columns(collected, TOKEN_SETS)
@@ -105,16 +102,6 @@ def _load(collected: Collector, path: Path) -> int:
     done = int(tensors.pop("done"))
     collected.load(tensors)
     return done
-
-
-def _tokenizer(cache: Cache, config: InterpretConfig) -> Any:
-    """The model's; None where it isn't at hand."""
-    identity = cache.manifest.identity["model"]
-    source = ModelSource(config.model or identity["name"], identity.get("revision"), config.trust_remote_code)
-    try:
-        return load_tokenizer(source)
-    except FastcacheError:
-        return None
 
 
 def _unembedding(source: ModelSource) -> torch.Tensor:

@@ -12,9 +12,8 @@ import torch
 from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import select
 from fastcache.devices import choose_device
-from fastcache.errors import FastcacheError, InputError
 from fastcache.files import write_bytes_atomic
-from fastcache.llm.loading import ModelSource, load_tokenizer
+from fastcache.llm.loading import known_tokenizer
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.of_cache import load_sae_of
@@ -37,8 +36,7 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
     """
     cache = open_cache(config.cache)
     cache.require_complete()
-    if cache.manifest.identity["method"]["name"] != "fast":
-        raise InputError(f"{config.cache} holds blocks; this is by dialogue, on a cache of --method fast.")
+    cache.require_dialogues()
     sae, info = load_sae_of(cache, Path(config.sae))
     device = choose_device(config.device)
     means = _means(cache, sae.to(device), info["hook_point"], min(config.max_instances, cache.n_instances), progress)
@@ -83,10 +81,8 @@ def _means(cache: Cache, sae: Sae, hook_point: str, n_instances: int, progress: 
 
 def _texts(tokens: list[int], cache: Cache) -> list[str]:
     """How the tokenizer writes the tokens; their numbers where it isn't at hand."""
-    identity = cache.manifest.identity["model"]
-    try:
-        tokenizer = load_tokenizer(ModelSource(identity["name"], identity.get("revision")))
-    except FastcacheError:
+    tokenizer = known_tokenizer(cache.manifest.identity["model"])
+    if tokenizer is None:
         return [str(token) for token in tokens]
     return [str(text) for text in tokenizer.convert_ids_to_tokens(tokens)]
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastcache.llm.backend import TokenIds
+from fastcache.llm.splicing import kl_divergence
 
 NGRAM = 4
 
@@ -15,4 +16,4 @@ def repetition(token_ids: TokenIds, n: int = NGRAM) -> float:
 
 def mean_kl(changed: Tensor, plain: Tensor) -> float:
     """Mean KL divergence, in nats, of the plain next-token distribution from the changed one; log probabilities `[n, v]`."""
-    return float((changed.exp() * (changed - plain)).sum(1).double().mean()) if len(changed) else 0.0
+    return float(kl_divergence(changed, plain).mean()) if len(changed) else 0.0

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastcache.config import as_dict
-from fastcache.devices import choose_device
+from fastcache.devices import choose_device, default_dtype
 from fastcache.errors import InputError
 from fastcache.files import fingerprint, read_json_lines, require_fields, write_bytes_atomic
 from fastcache.llm.backend import TokenIds
@@ -106,7 +106,7 @@ class Generator:
         self._config, self._sae, self._hook_point = config, sae, hook_point
         self._tokenizer = load_tokenizer(source)
         require_chat_template(self._tokenizer, source)
-        dtype = config.model_dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        dtype = config.model_dtype or default_dtype(device)
         self._model = SplicedModel(source, [hook_point], DTYPES[dtype], device)
 
     def __call__(self, prompt: str, setting: Setting) -> Row:
