@@ -21,7 +21,7 @@ from fastcache.llm.backend import LostBackendError, Residuals, TokenIds, default
 from fastcache.llm.loading import ModelSource, check_layers, cut_layers, load_config
 from fastcache.llm.transformers_backend import DTYPES
 from fastcache.llm.vllm_backend.arena import Arena, ArenaShape, RowRing
-from fastcache.llm.vllm_backend.engine import cpu_settings, start_engine, visible, wake_at_its_end
+from fastcache.llm.vllm_backend.engine import cpu_settings, start_engine
 
 BATCHES_IN_FLIGHT = 4
 SLOTS = 1024
@@ -65,22 +65,13 @@ class VllmBackend:
         kind = torch.device(devices[0]).type
         self.batch_tokens = batch_tokens or default_pack_tokens("vllm", devices[0])
         settings = {
-            "model": source.path,
-            "revision": None if source.is_local else source.revision,
-            "trust_remote_code": source.trust_remote_code,
-            "dtype": dtype,
             "hf_overrides": partial(cut_layers, n_layers=max(layers) + 1),
-            "max_model_len": max_length + 1,
-            "max_num_batched_tokens": self.batch_tokens,
-            "tensor_parallel_size": len(devices),
             "additional_config": {"fastcache": {"layers": layers}},
-            **_fixed_settings(),
+            **_capture_settings(),
             **(cpu_settings(config, max(layers) + 1, self.batch_tokens + max_length) if kind == "cpu" else {}),
             **engine,
         }
-        with visible(devices):
-            self._engine = start_engine(settings, source, _require_capture)
-        wake_at_its_end(self._engine.engine_core)
+        self._engine = start_engine(source, dtype, devices, max_length, self.batch_tokens, settings, _require_capture)
         n_rows = arena_rows(self.batch_tokens, max_length)
         self._arena = Arena(ArenaShape(len(layers), n_rows, SLOTS, config.hidden_size, DTYPES[dtype]))
         self._n_requests, self._is_lost = 0, False
@@ -179,19 +170,14 @@ def arena_rows(batch_tokens: int, max_length: int) -> int:
     return max(BATCHES_IN_FLIGHT * batch_tokens, 2 * max_length)
 
 
-def _fixed_settings() -> dict[str, Any]:
+def _capture_settings() -> dict[str, Any]:
     """What capture relies on."""
     from fastcache.llm.vllm_backend.loader import LOAD_FORMAT
 
     return {
         "worker_cls": "fastcache.llm.vllm_backend.worker.CaptureWorker",
         "load_format": LOAD_FORMAT,
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,  # it would leave out the tokens that two prompts share
         "enable_chunked_prefill": True,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "seed": 0,
     }
 
 

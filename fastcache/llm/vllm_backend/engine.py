@@ -48,8 +48,41 @@ def cpu_settings(config: Any, n_layers: int, n_tokens: int) -> dict[str, Any]:
     return {"kv_cache_memory_bytes": max(needed, 2**26), "enforce_eager": True}
 
 
-def start_engine(settings: dict[str, Any], source: ModelSource, check: Callable[[Any, ModelSource], None]) -> Any:
-    """vLLM's engine with these arguments, once `check` has seen the model's configuration; raises `ModelError`."""
+def start_engine(
+    source: ModelSource,
+    dtype: str,
+    devices: Sequence[str],
+    max_length: int,
+    batch_tokens: int,
+    settings: dict[str, Any],
+    check: Callable[[Any, ModelSource], None] | None = None,
+) -> Any:
+    """vLLM's engine, split over `devices`, for sequences of up to `max_length` tokens; raises `ModelError`.
+
+    `settings` are further arguments; `check` sees the model's configuration first.
+    """
+    shared = {
+        "model": source.path,
+        "revision": None if source.is_local else source.revision,
+        "trust_remote_code": source.trust_remote_code,
+        "dtype": dtype,
+        "max_model_len": max_length + 1,
+        "max_num_batched_tokens": batch_tokens,
+        "tensor_parallel_size": len(devices),
+        "skip_tokenizer_init": True,
+        # It would leave out the tokens that two prompts share, or take what was computed with another residual stream.
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    with visible(devices):
+        engine = _start({**shared, **settings}, source, check)
+    _wake_at_its_end(engine.engine_core)
+    return engine
+
+
+def _start(settings: dict[str, Any], source: ModelSource, check: Callable[[Any, ModelSource], None] | None) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm.engine.arg_utils import EngineArgs
@@ -58,7 +91,8 @@ def start_engine(settings: dict[str, Any], source: ModelSource, check: Callable[
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     try:
         arguments = EngineArgs(**settings)
-        check(arguments.create_model_config(), source)
+        if check:
+            check(arguments.create_model_config(), source)
         return LLMEngine.from_engine_args(arguments)
     except (RuntimeError, ValueError, OSError, KeyError, ImportError) as error:
         if isinstance(error, ModelError):
@@ -70,7 +104,7 @@ def start_engine(settings: dict[str, Any], source: ModelSource, check: Callable[
         ) from error
 
 
-def wake_at_its_end(client: Any) -> None:
+def _wake_at_its_end(client: Any) -> None:
     """vLLM sees that a killed engine is gone, but leaves those who wait for its output waiting."""
     from vllm.v1.engine.exceptions import EngineDeadError
 

@@ -10,7 +10,7 @@ from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import TokenIds, default_pack_tokens
 from fastcache.llm.loading import ModelSource, check_layers, load_config
 from fastcache.llm.splicing import Replace
-from fastcache.llm.vllm_backend.engine import cpu_settings, start_engine, visible, wake_at_its_end
+from fastcache.llm.vllm_backend.engine import cpu_settings, start_engine
 
 Losses = list[npt.NDArray[np.float64]]
 
@@ -33,25 +33,12 @@ class SplicedEngine:
         check_layers(config, hook_points, source)
         batch_tokens = default_pack_tokens("vllm", device)
         settings = {
-            "model": source.path,
-            "revision": None if source.is_local else source.revision,
-            "trust_remote_code": source.trust_remote_code,
-            "dtype": dtype,
-            "max_model_len": max_length + 1,
-            "max_num_batched_tokens": batch_tokens,
             "worker_cls": "fastcache.llm.vllm_backend.splice_worker.SpliceWorker",
-            "skip_tokenizer_init": True,
-            "enable_prefix_caching": False,  # what is cached was computed with another replacement
             "enforce_eager": True,  # hooks aren't in compiled graphs
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "seed": 0,
         }
         if not device.startswith("cuda"):
             settings |= cpu_settings(config, config.num_hidden_layers, batch_tokens + max_length)
-        with visible([device]):
-            self._engine = start_engine(settings, source, lambda _config, _source: None)
-        wake_at_its_end(self._engine.engine_core)
+        self._engine = start_engine(source, dtype, [device], max_length, batch_tokens, settings)
         self._n_requests = 0
 
     def losses(self, sequences: Sequence[TokenIds], splice: Splice | None = None) -> Losses:
