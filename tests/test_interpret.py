@@ -111,7 +111,7 @@ def test_every_activation_of_a_bin_is_as_likely_to_be_drawn():
     acts = torch.full((4, 1), 1.5)
     counts = Counter()
     for seed in range(600):
-        collector = Collector(1, 1, TOP, WINDOW, seed, "cpu")
+        collector = Collector(1, 3, 1, TOP, WINDOW, seed, "cpu")
         for dialogue in range(3):
             collector.add(acts, torch.ones(1, 4, dtype=torch.bool), dialogue)
         place = int(bin_of(torch.tensor([1.5])))

@@ -1,7 +1,8 @@
 """What is kept of each latent while dialogues stream by: memory is bounded by the number of latents, not by that of tokens.
 
 Kept are the contexts of the highest activations, each of another dialogue; a context drawn uniformly from the activations in
-each of `BINS` bins; how many activations fell into each bin; and on how many tokens of each set the latent was active.
+each of `BINS` bins; how many activations fell into each bin; on how many tokens of each set the latent was active; and in which
+of a few windows, drawn without regard to any latent, it was active at all.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ LOWEST = -12
 """Bins are of log2 of the activation, one a doubling, from 2^-12 up; what is below or above is in the first or last."""
 
 NOWHERE = -1
+
+WINDOWS = 64
+"""Drawn, each of another dialogue."""
 
 
 def bin_of(values: Tensor) -> Tensor:
@@ -55,18 +59,29 @@ class Contexts:
         self.around[latents, places] = around.half() + 0  # 0, not -0
 
 
+def window_dialogues(n_instances: int, seed: int) -> dict[int, int]:
+    """Which dialogues the drawn windows are of, and the number of each window."""
+    drawn = torch.randperm(n_instances, generator=torch.Generator().manual_seed(seed))[:WINDOWS]
+    return {dialogue: number for number, dialogue in enumerate(drawn.sort().values.tolist())}
+
+
 class Collector:
     """Takes in one dialogue after the other."""
 
-    def __init__(self, d_sae: int, n_sets: int, top: int, window: int, seed: int, device: str) -> None:
-        """`n_sets` of tokens are counted."""
+    def __init__(
+        self, d_sae: int, n_instances: int, n_sets: int, top: int, window: int, seed: int, device: str
+    ) -> None:
+        """For `n_instances` dialogues; `n_sets` of tokens are counted."""
         self.top = Contexts.empty(d_sae, top, window, device)
         self.drawn = Contexts.empty(d_sae, BINS, window, device)
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.long, device=device)
         self.active = torch.zeros(d_sae, n_sets, dtype=torch.long, device=device)
         self.total = torch.zeros(d_sae, dtype=torch.double, device=device)
         self.n_tokens = torch.zeros(n_sets, dtype=torch.long, device=device)
-        self._seed = seed
+        self.window_of = window_dialogues(n_instances, seed)
+        self.window_position = torch.full((len(self.window_of),), NOWHERE, dtype=torch.int32)
+        self.active_in = torch.zeros(d_sae, len(self.window_of), dtype=torch.bool, device=device)
+        self._window, self._seed = window, seed
 
     def add(self, acts: Tensor, masks: Tensor, dialogue: int) -> None:
         """The latent activations `[n, d_sae]` of a dialogue, and bool masks `[sets, n]` of its tokens."""
@@ -79,6 +94,8 @@ class Collector:
         self.total += acts.sum(0).double()
         self.n_tokens += masks.sum(1)
         self._draw(acts, rows, latents, bins, dialogue)
+        if (number := self.window_of.get(dialogue)) is not None:
+            self._look_into(number, acts)
 
     def _keep_highest(self, acts: Tensor, dialogue: int) -> None:
         value, position = acts.max(0)
@@ -97,6 +114,12 @@ class Collector:
         chosen = ((keys == largest[cells]) & (keys > self.drawn.key.view(-1)[cells])).nonzero()[:, 0]
         self.drawn.put(latents[chosen], bins[chosen], keys[chosen], acts, dialogue, rows[chosen])
 
+    def _look_into(self, number: int, acts: Tensor) -> None:
+        """The window around a token drawn from the dialogue."""
+        position = int(torch.randint(len(acts), (), generator=torch.Generator().manual_seed(self._seed + number)))
+        self.window_position[number] = position
+        self.active_in[:, number] = acts[max(0, position - self._window) : position + self._window + 1].amax(0) > 0
+
     def state(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint; see `load`."""
         contexts = {"top": self.top, "drawn": self.drawn}
@@ -107,6 +130,8 @@ class Collector:
             "active": self.active,
             "total": self.total,
             "n_tokens": self.n_tokens,
+            "window_position": self.window_position,
+            "active_in": self.active_in,
         }
 
     def load(self, state: dict[str, Tensor]) -> None:

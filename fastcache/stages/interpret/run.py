@@ -10,7 +10,7 @@ from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import TOKEN_SETS, token_sets
 from fastcache.config import as_dict
 from fastcache.devices import choose_device
-from fastcache.files import fingerprint, write_bytes_atomic
+from fastcache.files import fingerprint, write_bytes_atomic, write_json_atomic
 from fastcache.llm.loading import ModelSource, known_model, known_tokenizer, load_language_model
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
@@ -19,6 +19,7 @@ from fastcache.sae.of_cache import load_sae_of
 from fastcache.stages.interpret.collect import Collector
 from fastcache.stages.interpret.config import FREE_ON_RESUME, InterpretConfig
 from fastcache.stages.interpret.decoder import nearest_latents, promoted_tokens
+from fastcache.stages.interpret.results import ABOUT_FILE, CONTEXTS_FILE, LATENTS_FILE, WINDOWS_FILE
 from fastcache.stages.interpret.tables import (
     Texts,
     latent_columns,
@@ -26,10 +27,11 @@ from fastcache.stages.interpret.tables import (
     tokens_column,
     write_contexts,
     write_latents,
+    write_windows,
 )
 
-STATE_FILE, LATENTS_FILE, CONTEXTS_FILE = "state.safetensors", "latents.parquet", "contexts.parquet"
-OWNED = (STATE_FILE, LATENTS_FILE, CONTEXTS_FILE)
+STATE_FILE = "state.safetensors"
+OWNED = (STATE_FILE, LATENTS_FILE, CONTEXTS_FILE, WINDOWS_FILE, ABOUT_FILE)
 CHECKPOINT_EVERY = 500
 """Dialogues."""
 PROMOTED = 10
@@ -37,7 +39,7 @@ PROMOTED = 10
 
 
 def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: bool = False) -> None:
-    """Write `latents.parquet` and `contexts.parquet` into `out`, or go on; docs/interpret.md has their columns.
+    """Write the tables that docs/interpret.md describes into `out`, or go on.
 
     Raises `InputError` for a cache of blocks, `MismatchError` for an SAE of another model, layer or width, or another model.
     """
@@ -57,7 +59,9 @@ def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: boo
         collected = _collect(config, cache, sae.to(device), info["hook_point"], out / STATE_FILE, progress)
         texts = Texts(cache, known_tokenizer(identity, config.model, config.trust_remote_code))
         progress.say("Writing contexts and latents")
+        write_json_atomic(out / ABOUT_FILE, _about(config, cache, info, collected))
         write_contexts(out / CONTEXTS_FILE, collected, texts)
+        write_windows(out / WINDOWS_FILE, collected, config.window, texts)
         columns = latent_columns(collected, TOKEN_SETS)
         columns["neighbours"] = ranked_column(nearest_latents(sae.W_dec.detach(), config.neighbours))
         if source is not None:
@@ -73,9 +77,9 @@ def _collect(
     config: InterpretConfig, cache: Cache, sae: Sae, hook_point: str, state: Path, progress: Progress
 ) -> Collector:
     device = str(sae.b_dec.device)
-    collected = Collector(sae.d_sae, len(TOKEN_SETS), config.top, config.window, config.seed, device)
-    done = _load(collected, state)
     n_instances = min(config.max_instances, cache.n_instances)
+    collected = Collector(sae.d_sae, n_instances, len(TOKEN_SETS), config.top, config.window, config.seed, device)
+    done = _load(collected, state)
     with progress.task("interpret", n_instances, "dialogues") as task:
         task.advance(done)
         for index in range(done, n_instances):
@@ -87,6 +91,29 @@ def _collect(
                 _save(collected, state, index + 1)
     _save(collected, state, n_instances)
     return collected
+
+
+def _about(config: InterpretConfig, cache: Cache, info: dict[str, Any], collected: Collector) -> dict[str, Any]:
+    """What the tables are of, for those who read them without SAE and cache."""
+    return {
+        "sae": {
+            "name": Path(config.sae).resolve().name,
+            "fingerprint": fingerprint(info),
+            "model": info["model"]["name"],
+            "hook_point": info["hook_point"],
+            "architecture": info["architecture"],
+            "trained_on": info["method"]["name"],
+            "d_in": info["d_in"],
+            "d_sae": info["d_sae"],
+        },
+        "cache_fingerprint": fingerprint(cache.manifest.identity),
+        "split": cache.manifest.identity["corpus"]["split"],
+        "dialogues": min(config.max_instances, cache.n_instances),
+        "tokens": dict(zip(TOKEN_SETS, collected.n_tokens.tolist(), strict=True)),
+        "top": config.top,
+        "window": config.window,
+        "seed": config.seed,
+    }
 
 
 def _save(collected: Collector, path: Path, done: int) -> None:

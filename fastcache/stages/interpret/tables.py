@@ -1,4 +1,4 @@
-"""What was collected as Parquet: a line for each latent, and a line for each context."""
+"""What was collected as Parquet: a line for each latent, for each context, and for each window that was drawn."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,13 +16,17 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of a latent's activations: for each the context that was drawn from its bin."""
 LATENTS_TOGETHER = 1024
 
+_SHOWN: list[tuple[str, Any]] = [
+    ("dialogue", pa.int32()), ("corpus_row", pa.int64()), ("position", pa.int32()), ("start", pa.int32()),
+    ("tokens", pa.list_(pa.string())), ("token_types", pa.list_(pa.uint8())),
+]  # fmt: skip
+WINDOW_SCHEMA = pa.schema([("window", pa.int32()), *_SHOWN])
 _ranked = pa.list_(pa.struct([("index", pa.int32()), ("value", pa.float32())]))
 _ranked_tokens = pa.list_(pa.struct([("token", pa.string()), ("value", pa.float32())]))
 CONTEXT_SCHEMA = pa.schema(
     [
         ("latent", pa.int32()), ("kind", pa.string()), ("rank", pa.int32()), ("value", pa.float32()),
-        ("dialogue", pa.int32()), ("corpus_row", pa.int64()), ("position", pa.int32()), ("start", pa.int32()),
-        ("tokens", pa.list_(pa.string())), ("token_types", pa.list_(pa.uint8())), ("activations", pa.list_(pa.float32())),
+        *_SHOWN, ("activations", pa.list_(pa.float32())),
     ]
 )  # fmt: skip
 
@@ -46,7 +50,9 @@ class Texts:
         instance = self._cache.instance(dialogue)
         start, stop = max(0, position - window), min(len(instance), position + window + 1)
         return {
+            "dialogue": dialogue,
             "corpus_row": instance.instance_id,
+            "position": position,
             "start": start,
             "tokens": [self.piece(token) for token in instance.token_ids[start:stop].tolist()],
             "token_types": instance.token_types[start:stop].tolist(),
@@ -91,15 +97,15 @@ def _rows(latent: int, kind: str, contexts: Contexts, places: Sequence[int], tex
         first = window - (position - shown["start"])
         around = contexts.around[latent, place, first : first + len(shown["tokens"])].tolist()
         value = float(contexts.value[latent, place])
-        found = {
-            "latent": latent,
-            "kind": kind,
-            "rank": rank,
-            "value": value,
-            "dialogue": dialogue,
-            "position": position,
-        }
-        yield {**found, **shown, "activations": around}
+        yield {"latent": latent, "kind": kind, "rank": rank, "value": value, **shown, "activations": around}
+
+
+def write_windows(path: Path, collected: Collector, window: int, texts: Texts) -> None:
+    """The windows that were drawn; `silent_windows` of a latent are those in which it is not active."""
+    places = zip(collected.window_of, collected.window_position.tolist(), strict=True)
+    rows = [{"window": n, **texts.window(*place, window)} for n, place in enumerate(places)]
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, WINDOW_SCHEMA), temporary, compression="zstd")
 
 
 def write_latents(path: Path, columns: dict[str, Any]) -> None:
@@ -120,7 +126,9 @@ def latent_columns(collected: Collector, sets: Sequence[str]) -> dict[str, Any]:
     }
     for place, name in enumerate(sets):
         columns[f"density_{name}"] = pa.array(active[:, place] / max(int(n_tokens[place]), 1))
-    return {**columns, "histogram": pa.array(collected.histogram.tolist(), pa.list_(pa.int64()))}
+    columns["histogram"] = pa.array(collected.histogram.tolist(), pa.list_(pa.int64()))
+    silent = [[window for window, active in enumerate(row) if not active] for row in collected.active_in.tolist()]
+    return {**columns, "silent_windows": pa.array(silent, pa.list_(pa.int32()))}
 
 
 def ranked_column(ranked: Ranked) -> Any:
