@@ -40,5 +40,13 @@ class NonFiniteError(FastcacheError, ArithmeticError):
     """NaN or infinity where numbers were expected."""
 
 
+class EndpointError(FastcacheError, OSError):
+    """A judge's endpoint that refuses, or fails again and again."""
+
+
+class BudgetError(FastcacheError, RuntimeError):
+    """The user's own limit on requests or cost was reached before the work was done."""
+
+
 class BusyError(FastcacheError, OSError):
     """Another process works on the same output directory."""

@@ -12,15 +12,12 @@ from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import METHODS, SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS, layer_of
 from fastcache.corpus import Corpus
 from fastcache.files import read_json, read_json_lines, require_fields
-from fastcache.pipeline.console import printable
 from fastcache.progress import Progress
 from fastcache.stages.report.tables import figure, main_figures
 from fastcache.stages.train.config import ShuffleConfig
 from fastcache.stages.train.order import mixed_order
 from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
 
-MOST_LATENTS, AROUND = 10, 6
-"""Latents that are shown, and tokens on each side."""
 WIDE = 500
 """Characters of a line in a file."""
 
@@ -181,38 +178,6 @@ def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> Non
     else:  # in a file or a pipe, all of it
         whole = console.measure(table, options=console.options.update(max_width=WIDE)).maximum
         Console(file=console.file, width=max(console.width, whole)).print(table)
-
-
-def show_latents(console: Console, path: Path) -> None:
-    """How many latents are active, and of the strongest the context with the highest activation."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    latents = pq.read_table(path / "latents.parquet")
-    n_dead = pc.sum(pc.equal(latents["n_active"], 0)).as_py()
-    indices = pc.select_k_unstable(latents, MOST_LATENTS, [("max_activation", "descending")])
-    console.print(f"{len(latents):,} latents, {n_dead:,} of them never active. The strongest, and where they are so:")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("latent", "density", "highest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("context", no_wrap=True, overflow="ellipsis")
-    chosen = latents.take(indices).to_pylist()
-    shown = [("latent", "in", [row["latent"] for row in chosen]), ("kind", "==", "top"), ("rank", "==", 0)]
-    contexts = {row["latent"]: row for row in pq.read_table(path / "contexts.parquet", filters=shown).to_pylist()}
-    for row in chosen:
-        context = contexts.get(row["latent"])
-        figures = (str(row["latent"]), f"{row['density_all']:.2%}", f"{row['max_activation']:.2f}")
-        table.add_row(*figures, _marked(context) if context else "")
-    console.print(table)
-
-
-def _marked(context: dict[str, Any]) -> Text:
-    """A few tokens around that of the context, which is marked."""
-    text, at = Text(), context["position"] - context["start"]
-    for place in range(max(0, at - AROUND), min(len(context["tokens"]), at + AROUND + 1)):
-        piece = context["tokens"][place].replace("\n", "\u23ce")
-        text.append_text(printable(piece, "reverse" if place == at else ""))
-    return text
 
 
 def _place(result: dict[str, Any]) -> tuple[int, str, str]:

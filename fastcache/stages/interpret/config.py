@@ -1,4 +1,4 @@
-"""Settings of `fastcache interpret`."""
+"""Settings of `fastcache interpret` and of what goes on with its tables."""
 
 from dataclasses import dataclass
 
@@ -29,3 +29,75 @@ class InterpretConfig:
     seed: int = option(42, help="Seed of the samples.", at_least=0)
     device: str | None = option(None, help="Device. Default: cuda where there is one, else cpu.")
     trust_remote_code: bool = option(False, help="Run code that comes with the model.")
+
+
+JUDGE_FREE_ON_RESUME = (
+    "latents", "judge", "judge_url", "judge_key_env", "count", "detection", "answers", "concurrency", "retries", "timeout",
+    "price_in", "price_out", "max_cost", "max_requests",
+)  # fmt: skip
+"""Settings that may differ on resume: none of them changes what a prompt asks."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Which latents are judged, by whom, and at what cost."""
+
+    latents: str = option(help="Output folder of `fastcache interpret`.")
+    judge: str = option(
+        "api",
+        choices=("api", "none"),
+        help="api asks --judge-url; none writes the prompts to a file, and takes --answers to them.",
+    )
+    judge_url: str | None = option(
+        None, help="OpenAI-compatible endpoint, such as http://localhost:8000/v1 or https://api.openai.com/v1."
+    )
+    judge_model: str | None = option(None, help="The judge, as the endpoint names it.")
+    judge_key_env: str = option("OPENAI_API_KEY", help="Environment variable that holds the endpoint's key.")
+    judge_body: str | None = option(
+        None, help='JSON object that changes the request, null taking a field out: {"temperature": null, "seed": 1}.'
+    )
+    answers: tuple[str, ...] = option(
+        (),
+        help='With --judge none: file of answers, of a batch run or as lines {"id": ..., "answer": ...}. Repeatable.',
+    )
+    count: int = option(128, help="Latents to judge, drawn from those that are active in 5 dialogues.", at_least=1)
+    detection: bool = option(
+        False, help="Also score how well the judge, by the name it gave, tells contexts with the latent from others."
+    )
+    seed: int = option(42, help="Seed of what is drawn.", at_least=0)
+    max_answer_tokens: int = option(512, help="Tokens of an answer, at most.", at_least=1)
+    concurrency: int = option(8, help="Requests at a time.", at_least=1)
+    retries: int = option(5, help="How often a request that failed for the time being is sent again.", at_least=0)
+    timeout: float = option(120.0, help="Seconds to wait for an answer.", at_least=0.001)
+    price_in: float | None = option(None, help="Price of a million tokens of prompts, for the cost.", at_least=0)
+    price_out: float | None = option(None, help="Price of a million tokens of answers, for the cost.", at_least=0)
+    max_cost: float | None = option(
+        None, help="Never spend more than this, over all runs into this output.", at_least=0
+    )
+    max_requests: int | None = option(
+        None, help="Never send more requests than this, over all runs into this output.", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class ScoresConfig:
+    """Judged SAEs to compare."""
+
+    judged: tuple[str, ...] = option(help="Output folder of `fastcache interpret judge`. Repeatable.")
+    html: str = option("scores.html", help="Page to write.")
+    csv: str = option("scores.csv", help="Table of all scores to write.")
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """Latents to look at."""
+
+    latents: str = option(help="Output folder of `fastcache interpret`.")
+    judged: str | None = option(
+        None,
+        help="Output folder of `fastcache interpret judge`. Default: judge/ below the latents, where there is one.",
+    )
+    port: int = option(
+        8265, help="Port of localhost to show the page at; 0 takes a free one.", at_least=0, at_most=65535
+    )
+    serve: bool = option(True, help="Show the page until Ctrl-C; it also works as a file.")

@@ -38,6 +38,16 @@ class Results:
         """A line for each latent, in their order."""
         return self._read(LATENTS_FILE, columns=columns)
 
+    def active_in_dialogues(self, count: int) -> list[int]:
+        """Latents that are active in `count` different dialogues at least; raises `InputError` where fewer were kept."""
+        if self.about["top"] < count:
+            raise InputError(
+                f"{self.folder} keeps the {self.about['top']} highest contexts of each latent, but {count} are needed. "
+                f"Run `fastcache interpret` again with --top {count} or more."
+            )
+        wanted = [("kind", "==", "top"), ("rank", "==", count - 1)]
+        return self._read(CONTEXTS_FILE, columns=["latent"], filters=wanted)["latent"].to_pylist()
+
     def contexts_of(self, latents: Sequence[int]) -> dict[int, list[Row]]:
         """Contexts of these latents, those of the highest activations first."""
         found: dict[int, list[Row]] = {latent: [] for latent in latents}
@@ -47,7 +57,8 @@ class Results:
 
     def contexts(self) -> Iterator[tuple[int, list[Row]]]:
         """Latents that have any, in their order, with their contexts; a few of them are in memory at a time."""
-        latent, rows = -1, []
+        latent = -1
+        rows: list[Row] = []
         path = self.folder / CONTEXTS_FILE
         with _readable(path), pq.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_TOGETHER):

@@ -1,0 +1,146 @@
+"""Judged SAEs beside each other: the paper's figures (shares of the scores, their distribution by data method) as a page."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from fastcache import __version__
+from fastcache.cache_format.schema import METHODS
+from fastcache.errors import InputError, MismatchError
+from fastcache.extras import require_packages
+from fastcache.files import read_json, require_fields, write_bytes_atomic
+from fastcache.stages.interpret.config import ScoresConfig
+from fastcache.stages.interpret.judge.tables import CSV_FILE, SCORES, SCORES_FILE, SUMMARY_FILE, to_csv
+
+CONFIDENCE_Z = 1.96
+COLOURS = ("#c92a2a", "#f08c00", "#adb5bd", "#74b816", "#2b8a3e")
+METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
+Summary = dict[str, Any]
+
+
+def compare(config: ScoresConfig) -> list[Summary]:
+    """Write the page and the table of all scores; returns the summaries, in the order of the page.
+
+    Raises `InputError` for a folder that holds no scores, `MismatchError` for scores of different judges.
+    """
+    require_packages("The page of scores", "report", "matplotlib", "jinja2")
+    found = sorted(((_read(Path(folder)), Path(folder)) for folder in config.judged), key=lambda each: _rank(each[0]))
+    if len({summary["judge"] for summary, _ in found}) > 1:
+        judges = ", ".join(sorted({str(summary["judge"]) for summary, _ in found}))
+        raise MismatchError(f"These scores are of different judges ({judges}): they can't be compared.")
+    summaries = [summary for summary, _ in found]
+    tables = [
+        pq.read_table(folder / SCORES_FILE, columns=["latent", "score", "name", "detection"]) for _, folder in found
+    ]
+    rows = [
+        [*_place(summary), summary["sae"]["trained_on"], *row.values()]
+        for summary, table in zip(summaries, tables, strict=True)
+        for row in table.to_pylist()
+    ]
+    names = ["model", "hook_point", "architecture", "d_sae", "trained_on", "latent", "score", "name", "detection"]
+    _write(Path(config.csv), to_csv(names, rows))
+    _write(Path(config.html), _page(summaries).encode())
+    return summaries
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(path, data)
+
+
+def _read(folder: Path) -> Summary:
+    path = folder / SUMMARY_FILE
+    if not path.is_file() or not (folder / SCORES_FILE).is_file():
+        raise InputError(f"{folder} holds no {SUMMARY_FILE}: it should be the output of `fastcache interpret judge`.")
+    summary = read_json(path)
+    require_fields(summary, {"sae": dict, "shares": dict, "scored": int}, path)
+    return summary
+
+
+def _place(summary: Summary) -> tuple[str, str, str, int]:
+    sae = summary["sae"]
+    return sae["model"], sae["hook_point"], sae["architecture"], sae["d_sae"]
+
+
+def _rank(summary: Summary) -> tuple[Any, ...]:
+    method = summary["sae"]["trained_on"]
+    return (*_place(summary), METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+def interval(share: float, n: int, z: float = CONFIDENCE_Z) -> tuple[float, float]:
+    """Wilson's interval, of 95 %, of a share of n (Wilson 1927)."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def by_method(summaries: list[Summary]) -> dict[str, dict[int, float]]:
+    """For each data method the share of all its scores that are at most so much: the scores' distribution function."""
+    found: dict[str, dict[int, float]] = {}
+    for method in dict.fromkeys(summary["sae"]["trained_on"] for summary in summaries):
+        of_method = [summary for summary in summaries if summary["sae"]["trained_on"] == method]
+        total = sum(summary["scored"] for summary in of_method)
+        counts = {score: sum(s["scored"] * s["shares"][str(score)] for s in of_method) for score in SCORES}
+        if total:
+            found[method] = {score: sum(counts[each] for each in SCORES if each <= score) / total for score in SCORES}
+    return found
+
+
+def _page(summaries: list[Summary]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    scored = [summary for summary in summaries if summary["scored"]]
+    return environment.get_template("scores.html.j2").render(
+        version=__version__,
+        summaries=summaries,
+        interval=interval,
+        figures=[_shares(scored), _distributions(by_method(scored))] if scored else [],
+        csv=CSV_FILE,
+    )
+
+
+def _shares(summaries: list[Summary]) -> str:
+    """A bar for each SAE, of the shares of its scores, 5 at the bottom."""
+    from fastcache.svg import GREY, legend_above, page_style, panels, to_svg
+
+    with page_style():
+        figure, (ax,) = panels(1, 1, max(5.0, 0.55 * len(summaries) + 1.5), 3.6)
+        bottoms = [0.0] * len(summaries)
+        for score, colour in reversed(list(zip(SCORES, COLOURS, strict=True))):
+            shares = [summary["shares"][str(score)] for summary in summaries]
+            ax.bar(range(len(summaries)), shares, 0.75, bottoms, color=colour, label=str(score))
+            bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
+        labels = [f"{s['sae']['trained_on']}\n{s['sae']['hook_point'].removeprefix('resid_post.')}" for s in summaries]
+        ax.set_xticks(range(len(summaries)), labels)
+        ax.set_xlabel("trained on, layer", color=GREY)
+        ax.set_ylabel("share of latents")
+        legend_above(figure, [ax])
+        return to_svg(figure)
+
+
+def _distributions(methods: dict[str, dict[int, float]]) -> str:
+    from fastcache.svg import legend_above, page_style, panels, to_svg
+
+    with page_style():
+        figure, (ax,) = panels(1, 1, 5.0, 3.4)
+        for method, shares in methods.items():
+            values = [0.0, *shares.values()]
+            ax.step(
+                [*SCORES, SCORES[-1] + 1],
+                [*values[1:], 1.0],
+                where="post",
+                label=method,
+                color=METHOD_COLOURS.get(method),
+            )
+        ax.set_xlim(SCORES[0], SCORES[-1])
+        ax.set_ylim(0, 1.02)
+        ax.set_xticks(SCORES)
+        ax.set_xlabel("score")
+        ax.set_ylabel("share of latents with at most this score")
+        legend_above(figure, [ax])
+        return to_svg(figure)

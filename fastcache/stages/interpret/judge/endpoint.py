@@ -1,0 +1,238 @@
+"""Asking an OpenAI-compatible endpoint: several requests at a time, failures tried again, and never more than was allowed."""
+
+import asyncio
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastcache.errors import BudgetError, EndpointError, FastcacheError, FormatError, InputError
+from fastcache.extras import require_packages
+from fastcache.files import parse_json
+from fastcache.progress import Progress, Task
+from fastcache.stages.interpret.config import JudgeConfig
+from fastcache.stages.interpret.judge.log import AnswerLog, text_of
+from fastcache.stages.interpret.judge.prompts import Prompt
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+"""Seconds before a request is sent again, doubled each time."""
+GIVES_UP_AFTER = 3
+"""Prompts, one after the other, that failed in all their requests."""
+FOR_NOW = frozenset({408, 409, 425, 429})
+"""Besides those from 500 on, status codes of requests that may succeed later; other ones would fail again."""
+TEMPLATE_BYTES = 1024
+"""For the tokens that a chat template adds to a prompt."""
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class _PassingError(Exception):
+    """A failure that may pass; with the seconds that the server asked to wait, and what it sent."""
+
+    def __init__(self, reason: str, wait: float = 0.0, body: str = "", may_cost: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.wait, self.body, self.may_cost = reason, wait, body, may_cost
+
+
+def request_body(config: JudgeConfig, prompt: Prompt) -> dict[str, Any]:
+    """What is sent for a prompt; raises `InputError` for a --judge-body that is no JSON object."""
+    body: dict[str, Any] = {
+        "model": config.judge_model or "",
+        "messages": prompt.messages,
+        "temperature": 0,
+        "max_tokens": config.max_answer_tokens,
+    }
+    if config.judge_body:
+        try:
+            changes = parse_json(config.judge_body, "--judge-body")
+        except FormatError as error:
+            raise InputError(str(error)) from error
+        if not isinstance(changes, dict):
+            raise InputError(f"--judge-body should be a JSON object, found {type(changes).__name__}.")
+        body |= changes
+    return {name: value for name, value in body.items() if value is not None}
+
+
+class Costs:
+    """What requests cost, in the currency of the prices."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        """Raises `InputError` for a limit that can't be kept."""
+        self._prices = (config.price_in or 0.0) / 1e6, (config.price_out or 0.0) / 1e6
+        self.are_known = None not in (config.price_in, config.price_out)
+        if config.max_cost is not None and not self.are_known:
+            raise InputError("--max-cost needs --price-in and --price-out, the prices of a million tokens.")
+        body = request_body(config, Prompt(0, "", "", ""))
+        limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
+        if config.max_cost is not None and not limits:
+            raise InputError(
+                "--max-cost needs a limit on answers: leave max_tokens or max_completion_tokens in the body."
+            )
+        self.answer_tokens = max(limits, default=config.max_answer_tokens) * body.get("n", 1)
+
+    def at_most(self, prompt: Prompt) -> float:
+        """A request's cost is never higher: a token has a byte at least."""
+        return self.of(prompt.n_bytes + TEMPLATE_BYTES, self.answer_tokens)
+
+    def of(self, prompt_tokens: int, answer_tokens: int) -> float:
+        """The cost of so many tokens."""
+        return prompt_tokens * self._prices[0] + answer_tokens * self._prices[1]
+
+    def of_usage(self, usage: Any) -> float | None:
+        """By the response's own count; None where it has none."""
+        match usage:
+            case {"prompt_tokens": int(prompt), "completion_tokens": int(answer)} if min(prompt, answer) >= 0:
+                return self.of(prompt, answer)
+        return None
+
+
+def check_endpoint(config: JudgeConfig) -> None:
+    """Raise `InputError` for an address that can't be used, or that a key would go to unencrypted."""
+    require_packages("A judge", "judge", "httpx2")
+    if not (config.judge_url and config.judge_model):
+        raise InputError(
+            "A judge needs --judge-url and --judge-model; --judge none writes the prompts to a file instead."
+        )
+    url = urlsplit(config.judge_url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise InputError(f"--judge-url should begin with https:// or http://, found {url.scheme or 'no'} scheme.")
+    if url.username or url.password:
+        raise InputError(f"--judge-url must hold no password; put the key into the variable {config.judge_key_env}.")
+    if url.scheme == "http" and url.hostname not in LOCAL and os.environ.get(config.judge_key_env):
+        raise InputError(
+            f"--judge-url {url.scheme}://{url.hostname}: the key in {config.judge_key_env} would be sent unencrypted. "
+            "Use https, or name an unset variable by --judge-key-env where the endpoint needs no key."
+        )
+
+
+class Endpoint:
+    """Puts prompts to a judge and its answers into the log."""
+
+    def __init__(self, config: JudgeConfig, log: AnswerLog) -> None:
+        """Raises what `check_endpoint` and `Costs` raise."""
+        check_endpoint(config)
+        self._config, self._log, self._costs = config, log, Costs(config)
+        self._key = os.environ.get(config.judge_key_env, "")
+        self._stop: FastcacheError | None = None
+        self._failed_in_a_row = self._n_failed = 0
+
+    def ask(self, prompts: Sequence[Prompt], progress: Progress) -> int:
+        """Ask them all, and return how many failed in all their requests.
+
+        Raises `EndpointError` where the endpoint refuses or keeps failing, `BudgetError` at a limit of the user's. Requests
+        that are under way then are still waited for.
+        """
+        with progress.task("judge", len(prompts), "prompts") as task:
+            asyncio.run(self._ask(iter(prompts), task))
+        if self._stop:
+            raise self._stop
+        return self._n_failed
+
+    async def _ask(self, prompts: Iterator[Prompt], task: Task) -> None:
+        import httpx2
+
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        client = httpx2.AsyncClient(headers=headers, timeout=self._config.timeout)
+
+        async def work() -> None:
+            for prompt in prompts:  # shared: each takes the next
+                if not self._stop:
+                    await self._until_answered(client, prompt)
+                if self._stop:
+                    return
+                task.advance(1, f"cost {self._log.cost:.4g}" if self._costs.are_known else "")
+
+        async with client:
+            await asyncio.gather(*(work() for _ in range(self._config.concurrency)))
+
+    async def _until_answered(self, client: Any, prompt: Prompt) -> None:
+        for attempt in range(self._config.retries + 1):
+            if self._stop:
+                return
+            try:
+                await self._request(client, prompt)
+                self._failed_in_a_row = 0
+                return
+            except _PassingError as failure:
+                if attempt == self._config.retries:
+                    self._give_up(prompt, failure.reason)
+                    return
+                wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                await asyncio.sleep(max(wait, failure.wait))
+            except FastcacheError as error:
+                self._stop = self._stop or error
+
+    def _give_up(self, prompt: Prompt, reason: str) -> None:
+        self._n_failed += 1
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= GIVES_UP_AFTER:
+            self._stop = self._stop or EndpointError(
+                f"The judge at {self._config.judge_url} failed for {self._failed_in_a_row} prompts in a row, in "
+                f"{self._config.retries + 1} requests each; the last, of {prompt.name}: {reason}. All answers so far are kept: "
+                "run the command again to go on."
+            )
+
+    async def _request(self, client: Any, prompt: Prompt) -> None:
+        """One request; raises `_PassingError`, and `EndpointError` and `BudgetError` for what won't pass."""
+        reserved = self._reserve(prompt)
+        number = self._log.sent(prompt, reserved)
+        try:
+            text = await self._send(client, prompt)
+            body = parse_json(text, "The response")
+            answer = text_of(body)
+        except _PassingError as failure:
+            self._log.failed(number, prompt, reserved if failure.may_cost else 0.0, failure.reason, failure.body)
+            raise
+        except EndpointError as error:
+            self._log.failed(number, prompt, 0.0, str(error))
+            raise
+        except ValueError as error:
+            self._log.failed(number, prompt, reserved, str(error), text)
+            raise _PassingError(str(error)) from error
+        cost = self._costs.of_usage(body.get("usage"))
+        self._log.answered(number, prompt, reserved if cost is None else cost, answer, body)
+
+    def _reserve(self, prompt: Prompt) -> float:
+        config, reserved = self._config, self._costs.at_most(prompt)
+        if config.max_requests is not None and self._log.n_requests >= config.max_requests:
+            raise BudgetError(f"{self._log.n_requests:,} requests were sent, as many as --max-requests allows.")
+        if config.max_cost is not None and self._log.cost + reserved > config.max_cost:
+            raise BudgetError(
+                f"{self._log.cost:.4g} was spent, and the next request might cost {reserved:.4g}: more than --max-cost allows."
+            )
+        return reserved
+
+    async def _send(self, client: Any, prompt: Prompt) -> str:
+        """The response's text; `_key` is in none of what this gives or raises."""
+        import httpx2
+
+        address = f"{str(self._config.judge_url).rstrip('/')}/chat/completions"
+        try:
+            response = await client.post(address, json=request_body(self._config, prompt))
+        except httpx2.TimeoutException as error:
+            raise _PassingError(f"no answer in {self._config.timeout:g} s", may_cost=True) from error
+        except httpx2.TransportError as error:
+            raise _PassingError(
+                f"no connection ({self._hidden(str(error)) or type(error).__name__})", may_cost=True
+            ) from error
+        text = self._hidden(response.text)
+        if response.status_code == httpx2.codes.OK:
+            return text
+        if response.status_code < 500 and response.status_code not in FOR_NOW:
+            raise EndpointError(
+                f"The judge at {self._config.judge_url} refused the request of {prompt.name}: status {response.status_code}, "
+                f"{text[:300]}. All answers so far are kept."
+            )
+        raise _PassingError(f"status {response.status_code}", _seconds(response.headers.get("retry-after")), text)
+
+    def _hidden(self, text: str) -> str:
+        """`text`, should a server send the key back, without it."""
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _seconds(header: str | None) -> float:
+    """What a retry-after header asks for in seconds; dates are rare, and the usual wait does for them."""
+    try:
+        return min(max(float(header or 0), 0.0), 10 * LONGEST_WAIT)
+    except ValueError:
+        return 0.0
