@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "Train many in one pass over a cache, or run a study with its caches.",
     "evaluate": "Measure SAEs on a held-out cache, by kind of token.",
     "interpret": "Say what each latent is active on, in one pass over a held-out cache.",
+    "dashboard": "Browse latents: contexts, densities, scores, in one page.",
     "steer": "Generate with latents turned up, clamped or ablated; find latents to steer with.",
     "export": "Write an SAE as SAELens loads it.",
     "report": "One HTML page with the tables and plots of runs, finished or in training.",

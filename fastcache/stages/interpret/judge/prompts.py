@@ -33,7 +33,7 @@ Say in one or two sentences what you see. Then end with the score and a short na
 brackets, such as:
 [[3]]
 [[months and days in dates]]"""
-_DETECT = f"""A pattern was found in chat dialogues; one latent of a sparse autoencoder stands for it. You see the pattern's name
+_DETECT = f"""A pattern was found in chat dialogues; one latent of a sparse autoencoder stands for it. You see its name
 and numbered texts, each as a JSON string. Decide for each text whether the pattern is in it. {_DATA}
 
 End with the numbers of the texts that have the pattern, in double square brackets, such as [[2, 5]], or with [[none]]."""
