@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import start_browser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
 # As the backend sets it: MKL asks once, at its first product, whichever test makes that.
@@ -21,6 +22,13 @@ LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
 )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Not the session's: while it runs, this thread has an event loop, and whoever wants one of their own is refused."""
+    with start_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

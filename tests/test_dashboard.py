@@ -9,7 +9,7 @@ import threading
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browser import needs_chromium, start_browser, watched_page
+from browser import needs_chromium, watched_page
 from latents import make_results
 from playwright.sync_api import expect
 
@@ -55,12 +55,6 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dashboard(results):
     return build(results, None, results / "dashboard", Silent())
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with start_browser() as browser:
-        yield browser
 
 
 @pytest.fixture

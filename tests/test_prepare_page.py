@@ -3,12 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from browser import needs_chromium, watched_page
 
 from fastcache import extras
 from fastcache.errors import FormatError, InputError, IntegrityError
@@ -19,7 +19,6 @@ from fastcache.stages.prepare.histograms import Lengths, measure
 from fastcache.stages.prepare.page import EXAMPLE_CHARACTERS, N_EXAMPLES, write_page
 from fastcache.stages.prepare.run import prepare
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ATTACK = "<script>alert(1)</script> </style> </div> {{ 7 * 191 }} {% raw %} &amp; \u202e $x_{1$ \x00"
 
 
@@ -260,15 +259,8 @@ def test_missing_packages_are_named(mixed, monkeypatch):
         write_page(mixed[1])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
-def test_a_browser_shows_the_page_without_complaint(mixed, tables, tmp_path):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile"]
-    flags += ["--enable-logging=stderr", "--window-size=1200,2400"]
-    picture = tmp_path / "page.png"
-    url = (mixed[1] / "report.html").as_uri()
-    result = subprocess.run(
-        [CHROMIUM, *flags, f"--screenshot={picture}", url], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert picture.stat().st_size > 50_000
-    assert "CONSOLE" not in result.stderr
+@needs_chromium
+def test_a_browser_shows_the_page_without_complaint(mixed, tables, browser):
+    with watched_page(browser, viewport={"width": 1200, "height": 2400}) as page:
+        page.goto((mixed[1] / "report.html").as_uri())
+        assert len(page.screenshot()) > 50_000

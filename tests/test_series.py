@@ -4,10 +4,9 @@ import csv
 import io
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
+from browser import needs_chromium, watched_page
 from evaluated_runs import write_run
 
 from fastcache.errors import InputError
@@ -17,7 +16,6 @@ from fastcache.stages.report.run import report_table, write_report
 from fastcache.stages.report.runs import read_runs
 from fastcache.stages.report.series import LOSS_RECOVERED, at_equal_l0, best, fvu, panels
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FVU = fvu("all", "FVU")
 
 
@@ -172,20 +170,12 @@ def test_240_saes_make_one_page_of_a_few_megabytes(matrix):
         assert f"<h2>{heading}</h2>" in page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
-def test_a_browser_prints_240_saes_without_complaint(matrix, tmp_path):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--no-pdf-header-footer"]
-    printed = tmp_path / "page.pdf"
-    result = subprocess.run(
-        [CHROMIUM, *flags, f"--print-to-pdf={printed}", matrix[2].as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-    assert "CONSOLE" not in result.stderr
-    assert len(re.findall(rb"/Type\s*/Page\b", printed.read_bytes())) > 10
+@needs_chromium
+def test_a_browser_prints_240_saes_without_complaint(matrix, browser):
+    with watched_page(browser) as page:
+        page.goto(matrix[2].as_uri())
+        printed = page.pdf(prefer_css_page_size=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) > 10
 
 
 def test_settings_that_are_not_the_usual_ones_are_marked(tmp_path):
