@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # replaced by the page's text colour
 GREY = "#868e96"
+METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
 SPACE = 0.75
 LEFT, RIGHT, TOP, BOTTOM = 0.65, 0.1, 0.3, 0.55
 """Inches between axes, and around all of them. Fixed: nothing has to be drawn to find them, and pages have hundreds of axes."""

@@ -6,9 +6,8 @@ from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.stages.report.curves import distinct_colours
 from fastcache.stages.report.runs import Evaluation
 from fastcache.stages.report.series import LOSS_RECOVERED, Measure, Panel, Series, fvu
-from fastcache.svg import GREY, legend_above, page_style, panels, plain_ticks, to_svg
+from fastcache.svg import GREY, METHOD_COLOURS, legend_above, page_style, panels, plain_ticks, to_svg
 
-METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 """Of the series of one method, in turn."""

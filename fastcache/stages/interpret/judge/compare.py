@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from fastcache import __version__
-from fastcache.cache_format.schema import METHODS
+from fastcache.cache_format.schema import METHODS, layer_of
 from fastcache.errors import InputError, MismatchError
 from fastcache.extras import require_packages
 from fastcache.files import read_json, require_fields, write_bytes_atomic
@@ -15,8 +15,8 @@ from fastcache.stages.interpret.config import ScoresConfig
 from fastcache.stages.interpret.judge.tables import CSV_FILE, SCORES, SCORES_FILE, SUMMARY_FILE, to_csv
 
 CONFIDENCE_Z = 1.96
-COLOURS = ("#c92a2a", "#f08c00", "#adb5bd", "#74b816", "#2b8a3e")
-METHOD_COLOURS = {"fast": "#d9480f", "bt-f": "#1c7ed6", "bt-p": "#5c940d"}
+COLOURS = ("#ced4da", "#a5d8ff", "#4dabf7", "#1c7ed6", "#0b4a8a")
+"""From 1 to 5."""
 Summary = dict[str, Any]
 
 
@@ -106,7 +106,7 @@ def _page(summaries: list[Summary]) -> str:
 
 def _shares(summaries: list[Summary]) -> str:
     """A bar for each SAE, of the shares of its scores, 5 at the bottom."""
-    from fastcache.svg import GREY, legend_above, page_style, panels, to_svg
+    from fastcache.svg import legend_above, page_style, panels, to_svg
 
     with page_style():
         figure, (ax,) = panels(1, 1, max(5.0, 0.55 * len(summaries) + 1.5), 3.6)
@@ -115,16 +115,15 @@ def _shares(summaries: list[Summary]) -> str:
             shares = [summary["shares"][str(score)] for summary in summaries]
             ax.bar(range(len(summaries)), shares, 0.75, bottoms, color=colour, label=str(score))
             bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
-        labels = [f"{s['sae']['trained_on']}\n{s['sae']['hook_point'].removeprefix('resid_post.')}" for s in summaries]
+        labels = [f"{s['sae']['trained_on']}\nlayer {layer_of(s['sae']['hook_point'])}" for s in summaries]
         ax.set_xticks(range(len(summaries)), labels)
-        ax.set_xlabel("trained on, layer", color=GREY)
         ax.set_ylabel("share of latents")
         legend_above(figure, [ax])
         return to_svg(figure)
 
 
 def _distributions(methods: dict[str, dict[int, float]]) -> str:
-    from fastcache.svg import legend_above, page_style, panels, to_svg
+    from fastcache.svg import METHOD_COLOURS, legend_above, page_style, panels, to_svg
 
     with page_style():
         figure, (ax,) = panels(1, 1, 5.0, 3.4)

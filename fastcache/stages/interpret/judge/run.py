@@ -11,9 +11,10 @@ from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.stages.interpret.config import JUDGE_FREE_ON_RESUME, JudgeConfig
 from fastcache.stages.interpret.judge.answers import UnparsedError, parse_score
-from fastcache.stages.interpret.judge.endpoint import Costs, Endpoint, check_endpoint, request_body
+from fastcache.stages.interpret.judge.endpoint import Endpoint, check_endpoint
 from fastcache.stages.interpret.judge.log import LOG_FILE, AnswerLog, read_answers
 from fastcache.stages.interpret.judge.prompts import SHOWN, Prompt, choose, detection_prompt, score_prompt
+from fastcache.stages.interpret.judge.requests import Costs, request_body
 from fastcache.stages.interpret.judge.tables import SCORE_FILES, Judged, write_scores
 from fastcache.stages.interpret.results import Results
 
