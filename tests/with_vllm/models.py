@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastcache.assets import DEMO
 from fastcache.llm.backend import Residuals
@@ -39,6 +39,36 @@ def make_model(folder: Path, family: str) -> Path:
         elif name.endswith("bias"):
             parameter.data = 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
+    return folder
+
+
+def demo_as_llama(folder: Path) -> Path:
+    """The demo's model, in bfloat16 and to the same logits, as a Llama.
+
+    Its heads are 64 wide, not hidden_size / heads = 80: vLLM's Llama asks the configuration, its Qwen2 doesn't. Llama has
+    a bias in o_proj too, which is 0 here.
+    """
+    demo = AutoModelForCausalLM.from_pretrained(DEMO)
+    kept = (
+        "vocab_size",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "rms_norm_eps",
+        "head_dim",
+        "eos_token_id",
+        "pad_token_id",
+    )
+    settings = {name: getattr(demo.config, name) for name in (*SIZES, *kept)}
+    config = LlamaConfig(**settings, bos_token_id=None, attention_bias=True)
+    llama = LlamaForCausalLM(config).to(demo.dtype)
+    weights = demo.state_dict()
+    zeros = {
+        name: torch.zeros_like(value) for name, value in llama.state_dict().items() if name.endswith("o_proj.bias")
+    }
+    llama.load_state_dict(weights | zeros)
+    llama.generation_config = demo.generation_config
+    llama.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
     return folder
 
 
