@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 SECONDS_TO_START, SECONDS_TO_END = 180, 20
 SMALL = (
-    "--enforce-eager", "--max-model-len", "512", "--max-num-batched-tokens", "2048", "--max-num-seqs", "16",
+    "--enforce-eager", "--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--max-num-seqs", "16",
     "--kv-cache-memory-bytes", str(2**27), "--dtype", "float32", "--uvicorn-log-level", "error",
 )  # fmt: skip
 
@@ -38,6 +38,7 @@ def serving(model: Path, log: Path, name: str, key: str) -> Iterator[Served]:
     words = ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(model), "--served-model-name", name]
     words += ["--host", "127.0.0.1", "--port", str(port), *SMALL]
     environment = {**os.environ, "VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # what a judge is asked is longer than the 512 of the demo
     with log.open("wb") as file:
         server = subprocess.Popen(
             [sys.executable, *words], env=environment, stdout=file, stderr=file, start_new_session=True
