@@ -414,11 +414,7 @@ def test_answers_to_nothing_that_was_asked_are_refused(latents, tmp_path, line):
     (tmp_path / "answers.jsonl").write_text('{"id": "score-1", "answer": "[[1]] [[x]]"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"answers\.jsonl"):
         run(latents, tmp_path / "out", judge="none", count=30, answers=[str(tmp_path / "answers.jsonl")])
-    assert all(row["answer"] is None for row in scores_or_none(tmp_path / "out"))
-
-
-def scores_or_none(out):
-    return scores(out) if (out / "scores.parquet").exists() else []
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_key_is_sent_and_nowhere_else(latents, tmp_path, capsys):

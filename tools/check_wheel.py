@@ -17,7 +17,9 @@ def main() -> None:
         tops = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
         if tops != {"fastcache"}:
             sys.exit(f"{path} contains the top-level names {sorted(tops)}; expected only fastcache.")
-        missing = {"README.md", "model.safetensors", "chat.jsonl.gz", "page.js", "scores.html.j2"} - {n.rpartition("/")[2] for n in names}
+        missing = {"README.md", "model.safetensors", "chat.jsonl.gz", "page.js", "scores.html.j2"} - {
+            n.rpartition("/")[2] for n in names
+        }
         if missing or size > LIMIT_BYTES:
             sys.exit(f"{path}: missing {sorted(missing)}, {size} bytes of at most {LIMIT_BYTES}.")
         print(f"{path}: only fastcache, {size / 1e6:.1f} MB")

@@ -38,10 +38,11 @@ def judge(config: JudgeConfig, out: Path, progress: Progress, fresh: bool = Fals
             f"No latent of {results.folder} is active in {SHOWN} different dialogues: there is nothing to judge."
         )
     chosen = choose(qualifying, config.count, config.seed)
+    answers = _given_answers(config, chosen)
     settings = {**as_dict(config), "results_fingerprint": results.fingerprint}
     with output_directory(out, "interpret judge", settings, OWNED, free=JUDGE_FREE_ON_RESUME, fresh=fresh):
         log = AnswerLog(out)
-        _import(config, log, chosen, progress)
+        _import(log, answers, progress)
         rounds = Rounds(results, config, chosen, log)
         try:
             for prompts in rounds:
@@ -64,13 +65,17 @@ def _check(config: JudgeConfig) -> None:
     Costs(config)
 
 
-def _import(config: JudgeConfig, log: AnswerLog, chosen: Sequence[int], progress: Progress) -> None:
+def _given_answers(config: JudgeConfig, chosen: Sequence[int]) -> dict[str, list[tuple[str, str]]]:
     known = {f"{kind}-{latent}" for kind in ("score", "detection") for latent in chosen}
-    for path in config.answers:
-        found = [(name, text) for name, text in read_answers(Path(path), known) if name not in log.answers]
-        for name, text in found:
+    return {path: read_answers(Path(path), known) for path in config.answers}
+
+
+def _import(log: AnswerLog, answers: dict[str, list[tuple[str, str]]], progress: Progress) -> None:
+    for path, found in answers.items():
+        new = {name: text for name, text in reversed(found) if name not in log.answers}  # of two, the first
+        for name, text in new.items():
             log.imported(name, text, path)
-        progress.say(f"{path}: {len(found):,} new answers")
+        progress.say(f"{path}: {len(new):,} new answers")
 
 
 class Rounds:
