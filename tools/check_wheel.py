@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 LIMIT_BYTES = 12_000_000
+NEEDED = {"README.md", "model.safetensors", "chat.jsonl.gz", "page.js", "report.html.j2", "scores.html.j2"}
 
 
 def main() -> None:
