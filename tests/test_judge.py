@@ -32,7 +32,7 @@ from fastcache.stages.interpret.judge.prompts import SHOWN, choose, detection_pr
 from fastcache.stages.interpret.judge.run import judge
 from fastcache.stages.interpret.results import Results
 
-KEY = "sk-very-secret-0123456789"
+KEY = "sk-very-secret/0123456789"
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,20 @@ def test_a_response_that_is_no_completion_is_kept_and_tried_again(latents, tmp_p
     assert len(server.asked) == 4
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [line["body"] for line in lines if line["event"] == "failed"] == [body.decode()]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_is_refused_for_itself_is_left_and_the_others_go_on(latents, tmp_path, status):
+    refused = []
+
+    def answer(body):
+        refused.append(question(body))
+        return Reply(b"too long", status) if question(body) == refused[0] else good(body)
+
+    with serve(answer) as server:
+        summary = run(latents, tmp_path / "out", server, concurrency=1)
+    assert summary["scored"] == 11
+    assert len(server.asked) == 12
 
 
 def test_at_most_so_many_requests_are_under_way(latents, tmp_path):
@@ -418,7 +432,8 @@ def test_answers_to_nothing_that_was_asked_are_refused(latents, tmp_path, line):
 
 
 def test_the_key_is_sent_and_nowhere_else(latents, tmp_path, capsys):
-    said = iter([Reply(f"your key {KEY}".encode(), 500), f"I know {KEY} [[2]] [[{KEY}]]"])
+    escaped = json.dumps(completion(KEY)).replace("/", "\\/").encode()
+    said = iter([Reply(f"your key {KEY}".encode(), 500), f"I know {KEY} [[2]] [[{KEY}]]", Reply(escaped)])
     with serve(lambda body: next(said, None) or good(body)) as server:
         arguments = [
             "--latents",
@@ -436,7 +451,7 @@ def test_the_key_is_sent_and_nowhere_else(latents, tmp_path, capsys):
     assert KEY not in captured.out + captured.err
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) >= 5
-    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert not [path for path in files if b"0123456789" in path.read_bytes()]
 
 
 @pytest.mark.parametrize(
@@ -458,6 +473,13 @@ def test_a_judge_that_can_not_be_asked_is_refused_before_anything(latents, tmp_p
         run(latents, tmp_path / "out", **{"judge_url": "http://localhost:1/v1", **settings})
     assert "secret" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_key_that_no_header_can_hold_is_told(latents, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e4-secret")
+    with serve(good) as server, pytest.raises(InputError, match="characters that a key") as error:
+        run(latents, tmp_path / "out", server)
+    assert "secret" not in str(error.value)
 
 
 def test_the_request_can_be_changed(latents, tmp_path):

@@ -63,5 +63,7 @@ def test_a_wrong_key_is_refused_at_once(asked, monkeypatch):
 
 
 def test_a_prompt_that_is_too_long_is_told(asked):
-    with pytest.raises(EndpointError, match=r"refused the request of score-\d+: status 400, .*max_model_len=2048"):
+    with pytest.raises(
+        EndpointError, match=r"3 prompts in a row, the last score-\d+: status 400, .*max_model_len=2048"
+    ):
         asked(max_answer_tokens=5000)

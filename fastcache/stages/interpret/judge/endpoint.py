@@ -21,20 +21,34 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 GIVES_UP_AFTER = 3
 """Prompts, one after the other, that failed in all their requests."""
 FOR_NOW = frozenset({408, 409, 425, 429})
-"""Besides those from 500 on, status codes of requests that may succeed later; other ones would fail again."""
+"""Besides those from 500 on, status codes of requests that may succeed later."""
+OF_THE_PROMPT = frozenset({400, 413, 422})
+"""Of requests that won't, such as for a prompt that is too long; all others, such as for a wrong key, hold for every prompt."""
+SHOWN = 300
+"""Characters of a response, in an error."""
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class _PassingError(Exception):
-    """A failure that may pass; with the seconds that the server asked to wait, and what it sent."""
+class _FailedError(Exception):
+    """A request that brought no answer: why, what came instead, whether to try again, and how long the server asked to wait."""
 
-    def __init__(self, reason: str, wait: float = 0.0, body: str = "", may_cost: bool = False) -> None:
+    def __init__(
+        self, reason: str, body: str = "", *, again: bool = True, wait: float = 0.0, may_cost: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.wait, self.body, self.may_cost = reason, wait, body, may_cost
+        self.reason, self.body, self.again, self.wait, self.may_cost = reason, body, again, wait, may_cost
+
+
+def key_of(config: JudgeConfig) -> str:
+    """The endpoint's key, or nothing; raises `InputError` for one that no header can hold."""
+    key = os.environ.get(config.judge_key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"The key in {config.judge_key_env} has characters that a key can't have. Set it again.")
+    return key
 
 
 def check_endpoint(config: JudgeConfig) -> None:
-    """Raise `InputError` for an address that can't be used, or that a key would go to unencrypted."""
+    """Raise `InputError` for an address or a key that can't be used, or that a key would go to unencrypted."""
     require_packages("A judge", "judge", "httpx2")
     if not (config.judge_url and config.judge_model):
         raise InputError(
@@ -45,7 +59,7 @@ def check_endpoint(config: JudgeConfig) -> None:
         raise InputError(f"--judge-url should begin with https:// or http://, found {url.scheme or 'no'} scheme.")
     if url.username or url.password:
         raise InputError(f"--judge-url must hold no password; put the key into the variable {config.judge_key_env}.")
-    if url.scheme == "http" and url.hostname not in LOCAL and os.environ.get(config.judge_key_env):
+    if url.scheme == "http" and url.hostname not in LOCAL and key_of(config):
         raise InputError(
             f"--judge-url {url.scheme}://{url.hostname}: the key in {config.judge_key_env} would be sent unencrypted. "
             "Use https, or name an unset variable by --judge-key-env where the endpoint needs no key."
@@ -59,7 +73,7 @@ class Endpoint:
         """Raises what `check_endpoint` and `Costs` raise."""
         check_endpoint(config)
         self._config, self._log, self._costs = config, log, Costs(config)
-        self._key = os.environ.get(config.judge_key_env, "")
+        self._key = key_of(config)
         self._stop: FastcacheError | None = None
         self._failed_in_a_row = self._n_failed = 0
 
@@ -100,8 +114,8 @@ class Endpoint:
                 await self._request(client, prompt)
                 self._failed_in_a_row = 0
                 return
-            except _PassingError as failure:
-                if attempt == self._config.retries:
+            except _FailedError as failure:
+                if not failure.again or attempt == self._config.retries:
                     self._give_up(prompt, failure.reason)
                     return
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
@@ -114,20 +128,19 @@ class Endpoint:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= GIVES_UP_AFTER:
             self._stop = self._stop or EndpointError(
-                f"The judge at {self._config.judge_url} failed for {self._failed_in_a_row} prompts in a row, in "
-                f"{self._config.retries + 1} requests each; the last, of {prompt.name}: {reason}. All answers so far are kept: "
-                "run the command again to go on."
+                f"The judge at {self._config.judge_url} failed for {self._failed_in_a_row} prompts in a row, the last {prompt.name}: "
+                f"{reason}. All answers so far are kept: run the command again to go on."
             )
 
     async def _request(self, client: Any, prompt: Prompt) -> None:
-        """One request; raises `_PassingError`, and `EndpointError` and `BudgetError` for what won't pass."""
+        """One request; raises `_FailedError`, and `EndpointError` and `BudgetError` for what won't pass."""
         reserved = self._reserve(prompt)
         number = self._log.sent(prompt, reserved)
         try:
             text = await self._send(client, prompt)
             body = parse_json(text, "The response")
             answer = text_of(body)
-        except _PassingError as failure:
+        except _FailedError as failure:
             self._log.failed(number, prompt, reserved if failure.may_cost else 0.0, failure.reason, failure.body)
             raise
         except EndpointError as error:
@@ -135,7 +148,7 @@ class Endpoint:
             raise
         except ValueError as error:
             self._log.failed(number, prompt, reserved, str(error), text)
-            raise _PassingError(str(error)) from error
+            raise _FailedError(str(error)) from error
         cost = self._costs.of_usage(body.get("usage"))
         self._log.answered(number, prompt, reserved if cost is None else cost, answer, body)
 
@@ -157,24 +170,27 @@ class Endpoint:
         try:
             response = await client.post(address, json=request_body(self._config, prompt))
         except httpx2.TimeoutException as error:
-            raise _PassingError(f"no answer in {self._config.timeout:g} s", may_cost=True) from error
+            raise _FailedError(f"no answer in {self._config.timeout:g} s", may_cost=True) from error
         except httpx2.TransportError as error:
-            raise _PassingError(
-                f"no connection ({self._hidden(str(error)) or type(error).__name__})", may_cost=True
-            ) from error
-        text = self._hidden(response.text)
-        if response.status_code == httpx2.codes.OK:
+            reason = self._hidden(str(error)) or type(error).__name__
+            raise _FailedError(f"no connection ({reason})", may_cost=True) from error
+        text, status = self._hidden(response.text), response.status_code
+        if status == httpx2.codes.OK:
             return text
-        if response.status_code < 500 and response.status_code not in FOR_NOW:
-            raise EndpointError(
-                f"The judge at {self._config.judge_url} refused the request of {prompt.name}: status {response.status_code}, "
-                f"{text[:300]}. All answers so far are kept."
-            )
-        raise _PassingError(f"status {response.status_code}", _seconds(response.headers.get("retry-after")), text)
+        if status >= httpx2.codes.INTERNAL_SERVER_ERROR or status in FOR_NOW:
+            raise _FailedError(f"status {status}", text, wait=_seconds(response.headers.get("retry-after")))
+        if status in OF_THE_PROMPT:
+            raise _FailedError(f"status {status}, {text[:SHOWN]}", text, again=False)
+        raise EndpointError(
+            f"The judge at {self._config.judge_url} refused the request of {prompt.name}: status {status}, {text[:SHOWN]}. All "
+            "answers so far are kept."
+        )
 
     def _hidden(self, text: str) -> str:
-        """`text`, should a server send the key back, without it."""
-        return text.replace(self._key, "[key]") if self._key else text
+        """`text`, should a server send the key back, without it; JSON may write a slash as \\/."""
+        for form in (self._key, self._key.replace("/", "\\/")):
+            text = text.replace(form, "[key]") if form else text
+        return text
 
 
 def _seconds(header: str | None) -> float:
