@@ -128,8 +128,8 @@ class Endpoint:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= GIVES_UP_AFTER:
             self._stop = self._stop or EndpointError(
-                f"The judge at {self._config.judge_url} failed for {self._failed_in_a_row} prompts in a row, the last {prompt.name}: "
-                f"{reason}. All answers so far are kept: run the command again to go on."
+                f"The judge at {self._config.judge_url} failed for {self._failed_in_a_row} prompts in a row, the last "
+                f"{prompt.name}: {reason}. All answers so far are kept: run the command again to go on."
             )
 
     async def _request(self, client: Any, prompt: Prompt) -> None:
