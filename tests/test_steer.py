@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from conftest import run_extract
 from test_metrics import provenance, trained_like
+from transformers import AutoTokenizer
 
 from fastcache.assets import DEMO
 from fastcache.cache_format.reader import open_cache
@@ -19,9 +20,9 @@ from fastcache.llm.splicing import SplicedModel
 from fastcache.pipeline.cli import cli, main
 from fastcache.progress import Silent
 from fastcache.sae.storage import save_sae
-from fastcache.stages.steer import run as steer_module
 from fastcache.stages.steer.config import FindConfig, SteerConfig
 from fastcache.stages.steer.find import find
+from fastcache.stages.steer.generators import Said, TransformersGenerator
 from fastcache.stages.steer.interventions import add, clamp
 from fastcache.stages.steer.measures import mean_kl, repetition
 from fastcache.stages.steer.run import steer
@@ -148,13 +149,13 @@ def test_a_stopped_run_goes_on_and_pays_for_nothing_twice(folder, tmp_path, monk
     run(folder, out)
     lines = (out / "steering.jsonl").read_bytes().splitlines(keepends=True)
     (out / "steering.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])
-    called, generate = [], steer_module.Generator.__call__
+    called, generate = [], TransformersGenerator.__call__
 
-    def counting(self, prompt, setting):
-        called.append((prompt, setting))
-        return generate(self, prompt, setting)
+    def counting(self, prompts, setting):
+        called.extend((prompt.tobytes(), setting) for prompt in prompts)
+        return generate(self, prompts, setting)
 
-    monkeypatch.setattr(steer_module.Generator, "__call__", counting)
+    monkeypatch.setattr(TransformersGenerator, "__call__", counting)
     assert run(folder, out) == expected
     assert len(called) == 2
     assert len((out / "steering.jsonl").read_text().splitlines()) == 6
@@ -240,8 +241,9 @@ def test_what_cannot_be_steered_is_told(folder, small_cache, tmp_path):
 
 
 def test_the_papers_strengths_are_the_default_and_text_does_not_speak_to_the_terminal(folder, tmp_path, monkeypatch):
-    said = {"text": "\x1b[31mred\x07", "n_tokens": 1, "ended": True, "repetition": 0.0, "kl": 0.0}
-    monkeypatch.setattr(steer_module.Generator, "__call__", lambda *_given: said)
+    tokens = AutoTokenizer.from_pretrained(DEMO)("\x1b[31mred\x07")["input_ids"]
+    said = Said(0, np.array(tokens, np.int32), True, None)
+    monkeypatch.setattr(TransformersGenerator, "__call__", lambda *_given: iter([said]))
     words = ["steer", "--sae", str(folder), "--latent", "3", "--prompt", "\x1b[2JHello", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output

@@ -24,6 +24,7 @@ Examples:
   fastcache steer --sae DIR --latent 13794 --alpha 0,25,50,100 --prompt "Tell me about the sea."
   fastcache steer --sae DIR --latent 7 --latent 9 --together --positions generated --prompts prompts.txt
   fastcache steer --sae DIR --latent 7 --mode ablate --prompt "Tell me about the sea."
+  fastcache steer --sae DIR --latent 7 --backend vllm --prompts prompts.txt
   fastcache steer find --sae DIR --cache STEER_CACHE
 """
 
@@ -68,9 +69,8 @@ def _show(console: Console, prompt: str, rows: list[dict[str, Any]]) -> None:
         latents = ", ".join(map(str, row["latents"])) or "none"
         alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
         length = f"{row['n_tokens']}{'' if row['ended'] else '+'}"
-        table.add_row(
-            latents, alpha, length, f"{row['repetition']:.0%}", f"{row['kl']:.3f}", printable(row["text"].strip())
-        )
+        kl = "" if row["kl"] is None else f"{row['kl']:.3f}"
+        table.add_row(latents, alpha, length, f"{row['repetition']:.0%}", kl, printable(row["text"].strip()))
     console.print(table)
 
 

@@ -1,6 +1,7 @@
 """Settings of `fastcache steer` and `fastcache steer find`."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastcache.config import option
 
@@ -39,8 +40,27 @@ class SteerConfig:
         choices=("float32", "bfloat16", "float16"),
         help="Dtype the model runs in. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
+    backend: str = option(
+        "transformers",
+        choices=("transformers", "vllm"),
+        help="What runs the model; vllm (extra `vllm`) takes all prompts at a time, and gives no KL.",
+    )
     device: str | None = option(None, help="Device. Default: cuda where there is one, else cpu.")
     trust_remote_code: bool = option(False, help="Run code that comes with the model.")
+
+
+class Setting(NamedTuple):
+    """What is generated with; no latents is the model by itself."""
+
+    latents: tuple[int, ...]
+    alpha: float | None
+
+
+def settings_of(config: SteerConfig) -> list[Setting]:
+    """The model by itself, then every latent, or all together, with every strength."""
+    groups = [config.latent] if config.together else [(latent,) for latent in config.latent]
+    alphas = (None,) if config.mode == "ablate" else config.alpha
+    return [Setting((), None), *(Setting(latents, alpha) for latents in groups for alpha in alphas)]
 
 
 @dataclass(frozen=True)

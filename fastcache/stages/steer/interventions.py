@@ -1,12 +1,16 @@
 """What is done to the residual stream x `[n, d_in]` in the name of latents; all else in it stays what it was."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcache.llm.splicing import Replace
 from fastcache.sae.architectures import Sae
+from fastcache.sae.storage import load_sae
 
 
 def add(sae: Sae, latents: Sequence[int], alpha: float) -> Replace:
@@ -31,3 +35,14 @@ def make(sae: Sae, mode: str, latents: Sequence[int], alpha: float) -> Replace:
     if mode == "add":
         return add(sae, latents, alpha)
     return clamp(sae, latents, 0.0 if mode == "ablate" else alpha)
+
+
+def make_in_worker(argument: dict[str, Any], device: str) -> Replace:
+    """The same where only words and numbers arrive: `argument` has the SAE's folder as `sae`, mode, latents and alpha."""
+    sae = _loaded(argument["sae"], device)
+    return make(sae, argument["mode"], argument["latents"], argument["alpha"])
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str, device: str) -> Sae:
+    return load_sae(Path(folder))[0].to(device)
