@@ -1,14 +1,15 @@
 """Tokens a second of steered generations: vLLM, all prompts at a time, beside transformers, a prompt at a time.
 
-    .venv-vllm/bin/python benchmarks/bench_steer_vllm.py
-    .venv-vllm/bin/python benchmarks/bench_steer_vllm.py --hidden 768 --prompts 16
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/bench_steer_vllm.py
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/bench_steer_vllm.py --hidden 768 --prompts 16
     python benchmarks/bench_steer_vllm.py --model Qwen/Qwen2.5-7B-Instruct --layer 18 --device cuda --prompts 256
 
 The generators of `steer` with the same prompts, the beginnings of the demo's dialogues, and one latent of a random SAE added;
 the models are loaded already, and vLLM's engine waits while the other one works. By default the model is Qwen2-shaped, of
 8 layers, with random weights, which never end an answer: both sides generate as many tokens, and the script says how many
 of the answers are equal. transformers stands there also without KL, which vLLM doesn't give. Rounds go through all in turn;
-ratios are taken within a round. Without vllm there is nothing to compare, and the script says so.
+ratios are taken within a round. CPU seconds are those of all processes, vLLM's waiting for each other included. Without
+vllm there is nothing to compare, and the script says so.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +39,13 @@ from fastcache.stages.steer.config import Setting, SteerConfig
 from fastcache.stages.steer.generators import Generator, Said, TransformersGenerator, open_generator
 
 TRANSFORMERS, VLLM, WITHOUT_KL = "transformers", "vllm", "transformers, without KL"
+
+
+class Speed(NamedTuple):
+    """Tokens a second."""
+
+    wall: float
+    cpu: float
 
 
 class WithoutKl(TransformersGenerator):
@@ -84,11 +93,14 @@ def open_all(
     return {WITHOUT_KL: WithoutKl(plain._config, plain._sae, hook, plain._model), **opened}
 
 
-def timed(generate: Generator, prompts: list[TokenIds], alpha: float) -> tuple[float, dict[int, Said]]:
-    """Seconds, and what was said to each prompt."""
-    begun = time.perf_counter()
+def timed(generate: Generator, prompts: list[TokenIds], alpha: float) -> tuple[Speed, dict[int, Said]]:
+    """Its speed, and what was said to each prompt."""
+    from vllm_cache import cpu_seconds
+
+    begun, cpu = time.perf_counter(), cpu_seconds()
     found = {said.place: said for said in generate(prompts, Setting((0,), alpha))}
-    return time.perf_counter() - begun, found
+    n_tokens = sum(len(said.token_ids) for said in found.values())
+    return Speed(n_tokens / (time.perf_counter() - begun), n_tokens / (cpu_seconds() - cpu)), found
 
 
 def main() -> None:
@@ -99,7 +111,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=4)
     parser.add_argument("--device")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--alpha", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
@@ -111,22 +123,26 @@ def main() -> None:
         prompts = make_prompts(source, given.prompts)
         hook, device = hook_point(given.layer), choose_device(given.device)
         opened = open_all(Path(folder) / "sae", source, hook, device, prompts, given)
-        speeds: dict[str, list[float]] = {name: [] for name in opened}
-        for number in range(-1, given.rounds):  # the first one warms up
-            said = {}
+        for generate in opened.values():
+            timed(generate, prompts[:2], given.alpha)  # warms up
+        speeds: dict[str, list[Speed]] = {name: [] for name in opened}
+        said: dict[str, dict[int, Said]] = {}
+        for _ in range(given.rounds):
             for name, generate in opened.items():
-                seconds, said[name] = timed(generate, prompts, given.alpha)
-                if number >= 0:
-                    speeds[name].append(sum(len(each.token_ids) for each in said[name].values()) / seconds)
+                speed, said[name] = timed(generate, prompts, given.alpha)
+                speeds[name].append(speed)
         opened[VLLM].close()
     equal = sum(
         said[VLLM][place].token_ids.tolist() == each.token_ids.tolist() for place, each in said[TRANSFORMERS].items()
     )
-    print(f"{len(prompts)} prompts, up to {given.new_tokens} new tokens, tokens/s, medians of {given.rounds} rounds")
-    for name, of_name in speeds.items():
-        ratio = statistics.median(ours / own for ours, own in zip(speeds[VLLM], of_name, strict=True))
-        print(f"  {name:26}{statistics.median(of_name):10,.0f}   vllm over it {ratio:6.2f}")
-    print(f"  equal answers             {equal:10} of {len(prompts)}")
+    print(f"{len(prompts)} prompts, up to {given.new_tokens} new tokens; medians of {given.rounds} rounds")
+    for kind, place in (("second", 0), ("CPU second", 1)):
+        print(f"tokens a {kind}")
+        for name, of_name in speeds.items():
+            ratio = statistics.median(ours[place] / own[place] for ours, own in zip(speeds[VLLM], of_name, strict=True))
+            median = statistics.median(speed[place] for speed in of_name)
+            print(f"  {name:26}{median:8,.0f}   vllm over it {ratio:6.2f}")
+    print(f"equal answers {equal} of {len(prompts)}")
 
 
 if __name__ == "__main__":

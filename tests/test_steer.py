@@ -20,10 +20,10 @@ from fastcache.llm.splicing import SplicedModel
 from fastcache.pipeline.cli import cli, main
 from fastcache.progress import Silent
 from fastcache.sae.storage import save_sae
-from fastcache.stages.steer.config import FindConfig, SteerConfig
+from fastcache.stages.steer.config import FindConfig, SteerConfig, settings_of
 from fastcache.stages.steer.find import find
-from fastcache.stages.steer.generators import Said, TransformersGenerator
-from fastcache.stages.steer.interventions import add, clamp
+from fastcache.stages.steer.generators import Said, TransformersGenerator, VllmGenerator
+from fastcache.stages.steer.interventions import add, clamp, make
 from fastcache.stages.steer.measures import mean_kl, repetition
 from fastcache.stages.steer.run import steer
 
@@ -127,6 +127,31 @@ def test_clamping_adds_what_is_missing_and_ablation_takes_all(sae):
     assert not torch.equal(ablated[acts > 0], x[acts > 0])
 
 
+@pytest.mark.parametrize("mode", ["add", "clamp", "ablate"])
+def test_a_worker_of_vllm_makes_the_intervention_from_words_and_numbers(folder, sae, mode):
+    asked = []
+
+    class Engine:
+        def generate(self, prompts, max_new_tokens, splice, *_sampling):
+            asked.append(splice)
+            return [(place, prompt[:2], True) for place, prompt in enumerate(prompts)]
+
+    config = SteerConfig(sae=str(folder), latent=(3, 7), alpha=(4.0,), mode=mode, together=True, positions="generated")
+    generate = VllmGenerator(config, f"resid_post.{LAYER}", Engine())
+    prompts = [np.arange(5, dtype=np.int32), np.arange(3, dtype=np.int32)]
+    for setting in settings_of(config):
+        assert [(said.place, said.ended, said.kl) for said in generate(prompts, setting)] == [
+            (0, True, None),
+            (1, True, None),
+        ]
+    by_itself, splice = asked
+    assert by_itself is None
+    assert (splice.hook_point, splice.generated_only) == (f"resid_post.{LAYER}", True)
+    x = torch.randn(9, 160, generator=torch.Generator().manual_seed(0))
+    found = splice.maker(json.loads(json.dumps(splice.argument)), "cpu")(x)
+    assert torch.equal(found, make(sae, mode, [3, 7], 4.0)(x))
+
+
 def test_latents_go_each_by_itself_or_together(folder, tmp_path):
     apart = run(folder, tmp_path / "apart", latent=(3, 7), alpha=(40.0,), prompt=PROMPTS[:1])
     assert [row["latents"] for row in apart] == [[], [3], [7]]
@@ -224,7 +249,7 @@ def test_the_commands_print_what_was_said(folder, cache, tmp_path):
     assert "<|im_start|>" in done.output
 
 
-def test_what_cannot_be_steered_is_told(folder, small_cache, tmp_path):
+def test_what_cannot_be_steered_is_told(folder, small_cache, tmp_path, monkeypatch):
     for settings, message in (
         ({"latent": (64,)}, "has latents 0 to 63"),
         ({"prompt": ()}, "Steering needs a prompt"),
@@ -232,6 +257,9 @@ def test_what_cannot_be_steered_is_told(folder, small_cache, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             run(folder, tmp_path / "out", **settings)
+    monkeypatch.setattr("fastcache.extras.find_spec", lambda _name: None)
+    with pytest.raises(InputError, match=r"--backend vllm needs vllm: pip install 'fastcache-sae\[vllm\]'"):
+        run(folder, tmp_path / "out", backend="vllm")
     assert not (tmp_path / "out").exists()
     with pytest.raises(MismatchError, match=r"trained at resid_post\.2, but"):
         find(FindConfig(sae=str(folder), cache=str(small_cache)), tmp_path / "out.csv", Silent())

@@ -116,14 +116,13 @@ def test_drawn_tokens_hang_on_the_seed_alone(engine, sae, prompts):
 
 
 @pytest.mark.parametrize("model", ["Qwen2"], indirect=True)
-def test_preempted_generations_are_steered_where_they_were(model, sae, prompts, plain, monkeypatch):
-    few = {
-        **cpu_settings(load_config(ModelSource(str(model))), 4, 1),
-        "num_gpu_blocks_override": 10,
-        "block_size": 32,
-        "disable_log_stats": False,
-    }
-    monkeypatch.setattr(splicing, "cpu_settings", lambda *_given: few)
+def test_prompts_in_pieces_and_preempted_generations_are_steered_where_they_were(
+    model, sae, prompts, plain, monkeypatch
+):
+    few = {"num_gpu_blocks_override": 10, "block_size": 32, "max_num_seqs": 12, "disable_log_stats": False}
+    settings = {**cpu_settings(load_config(ModelSource(str(model))), 4, 1), **few}
+    monkeypatch.setattr(splicing, "cpu_settings", lambda *_given: settings)
+    monkeypatch.setattr(splicing, "default_pack_tokens", lambda *_given: max(map(len, prompts)) - 10)
     config = settings_with(sae, positions="generated", alpha=(15.0,), max_new_tokens=60)
     setting, many = settings_of(config)[1], [*prompts, *prompts, *prompts]
     expected = said_by(TransformersGenerator(config, load_sae(Path(config.sae))[0], HOOK, plain), prompts, setting)
