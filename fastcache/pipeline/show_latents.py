@@ -24,8 +24,8 @@ def show_latents(console: Console, path: Path) -> None:
     indices = pc.select_k_unstable(latents, MOST_LATENTS, [("max_activation", "descending")])
     console.print(f"{len(latents):,} latents, {n_dead:,} of them never active. The strongest, and where they are so:")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("latent", "density", "highest"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("latent", "density", "highest"):  # a long context would take their room
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     table.add_column("context", no_wrap=True, overflow="ellipsis")
     chosen = latents.take(indices).to_pylist()
     shown = [("latent", "in", [row["latent"] for row in chosen]), ("kind", "==", "top"), ("rank", "==", 0)]

@@ -136,7 +136,8 @@ function choose(place) {
 }
 
 const visible = (token) => token.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-const label = (latent) => names.get(latent) ?? (columns.density_all[latent] ? index.peaks[latent].map(visible).join(" · ") : "never active");
+const peaks = (latent) => [...new Set(index.peaks[latent].map((token) => visible(token).trim() || "␣"))].join(" · ");
+const label = (latent) => names.get(latent) ?? (columns.density_all[latent] ? peaks(latent) : "never active");
 const share = (value) => value ? `${(100 * value).toPrecision(value < 0.001 ? 2 : 3)}%` : "0";
 
 // ---- one latent
