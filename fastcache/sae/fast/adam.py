@@ -1,6 +1,7 @@
 """Adam with clipping and unit decoder rows in one pass over the parameters."""
 
 from collections.abc import Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class FastAdam(torch.optim.Adam):
         # torch's fused Adam keeps the number of steps on the GPU, and to ask for it is to wait.
         super().__init__(parameters, lr=lr, betas=(0.9, 0.999), fused=not by_triton)
         self._by_triton = by_triton
+
+    # torch wraps these for torch.compile, and the wrappers import what it needs: seconds, for nothing that is used here.
+    add_param_group = unwrap(torch.optim.Adam.add_param_group)
+    state_dict = unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = unwrap(torch.optim.Adam.load_state_dict)
 
     def step(self, closure: Any = None) -> Any:
         """See `torch.optim.Adam.step`."""
