@@ -1,6 +1,8 @@
 """Training with the fast steps: where it leads, that it resumes bit for bit, and that it can be switched off."""
 
+import sys
 from dataclasses import replace
+from inspect import unwrap
 
 import pytest
 import torch
@@ -37,6 +39,12 @@ def trained(recipe, stop=STEPS):
     return sae_trainer, figures
 
 
+def choose(precision, monkeypatch):
+    """Have the products of even a short run made in `precision`."""
+    monkeypatch.setattr(trainer_module, "WORTH_MEASURING", 0)
+    monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.ROUTES[precision])
+
+
 @pytest.mark.parametrize("decoder_norm", ["unit", "free"])
 @pytest.mark.parametrize("arch", ["standard", "jumprelu"])
 def test_fast_training_goes_where_plain_training_goes(arch, decoder_norm):
@@ -53,7 +61,7 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(arch, precision, monkeypatch):
     monkeypatch.setattr(sparse, "ON", 0.2)  # so that some steps are dense and some aren't
     monkeypatch.setattr(sparse, "OFF", 0.2)
     monkeypatch.setattr(sparse, "CAPACITY", 1.0)
-    monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.ROUTES[precision])
+    choose(precision, monkeypatch)
     recipe = recipe_of(arch, precision=precision)
     whole = trained(recipe)[0]
     for stop in (1, 7, 15):
@@ -88,10 +96,10 @@ def test_without_a_compiler_training_is_the_same_and_says_so(monkeypatch):
 
 
 def test_the_way_to_multiply_is_kept_by_a_resumed_run(monkeypatch):
-    monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.ROUTES["bf16"])
+    choose("bf16", monkeypatch)
     recipe = recipe_of("standard", precision="bf16")
     state = trained(recipe, 2)[0].state_dict()
-    monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.PLAIN)
+    choose("float32", monkeypatch)
     other = Trainer(recipe, "cpu")
     other.load_state_dict(*state)
     assert other.choose_products() == []
@@ -99,9 +107,33 @@ def test_the_way_to_multiply_is_kept_by_a_resumed_run(monkeypatch):
 
 
 def test_a_precision_that_brings_nothing_is_said(monkeypatch):
-    monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.PLAIN)
+    choose("float32", monkeypatch)
     notes = Trainer(recipe_of("standard", precision="bf16"), "cpu").choose_products()
     assert notes[-1] == "Products in bf16 are no faster on this machine; these are in float32."
+
+
+def test_the_way_to_multiply_is_not_measured_for_a_short_run(monkeypatch):
+    """So that its bits don't hang on what else the machine does."""
+    monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.ROUTES["bf16"])
+    short, long = (Trainer(recipe_of("standard", precision="bf16", tokens=tokens), "cpu") for tokens in (BATCH, 10**8))
+    assert short.choose_products() == [
+        "Products in bf16 are not worth measuring for so short a run; these are in float32."
+    ]
+    assert short.state_dict()[0]["route"] == "float32"
+    assert long.choose_products() == []
+    assert long.state_dict()[0]["route"] == "bf16"
+
+
+def test_training_does_without_the_compiler_of_torch(monkeypatch):
+    """Whose import takes seconds; torch's optimisers do it at the first call of each method."""
+    for method in vars(torch.optim.Optimizer).values():
+        monkeypatch.delattr(unwrap(method), "__dynamo_disable", raising=False)
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    with pytest.raises(ImportError):
+        torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    recipe = recipe_of("standard")
+    state = trained(recipe, 2)[0].state_dict()
+    Trainer(recipe, "cpu").load_state_dict(*state)
 
 
 def test_plain_and_a_precision_exclude_each_other():

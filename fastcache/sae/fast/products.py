@@ -21,6 +21,10 @@ REPEATS = 5
 CLEARLY_FASTER = 0.75
 """Less isn't worth a choice that hangs on the time of day: two runs with one seed should give the same bits."""
 
+WORTH_MEASURING = 2e9
+"""Tokens x d_in x d_sae of a run. The products of a shorter one take no longer than those that would be measured, and it
+can do without a choice that hangs on the time of day."""
+
 HOPELESS = 3.0
 """A way that takes so many times as long in the first round isn't measured further."""
 
