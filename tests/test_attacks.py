@@ -409,6 +409,22 @@ def with_other(value, path, other):
 odd = json_values | st.sampled_from([-1, 2**31, 2**47, 2**63, 2**64, 10**30, 1.5, "", "..", "a" * 300, [[]], {"": {}}])
 
 
+@pytest.fixture(scope="module")
+def fuzzed(original, tmp_path_factory):
+    """A copy whose files are put back after each example: a copy for each would take as long as all else."""
+    return shutil.copytree(original, tmp_path_factory.mktemp("fuzzed") / "cache")
+
+
+@contextmanager
+def put_back(root, *names):
+    before = {name: (root / name).read_bytes() for name in names}
+    try:
+        yield
+    finally:
+        for name, data in before.items():
+            (root / name).write_bytes(data)
+
+
 def survives(place):
     with suppress(FastcacheError):
         read_everything(place)
@@ -418,42 +434,44 @@ def survives(place):
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_no_manifest_does_harm(data, original, tmp_path_factory):
-    root = _copy(original, tmp_path_factory)
-    raw = json.loads((root / "manifest.json").read_bytes())
+def test_no_manifest_does_harm(data, fuzzed):
+    raw = json.loads((fuzzed / "manifest.json").read_bytes())
     path = data.draw(st.sampled_from(list(leaves(raw))[1:]))
-    edit_manifest(root, **with_other(raw, path, data.draw(odd)))
-    survives(root)
+    other = data.draw(odd)
+    with put_back(fuzzed, "manifest.json"):
+        edit_manifest(fuzzed, **with_other(raw, path, other))
+        survives(fuzzed)
 
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_no_log_does_harm(data, original, tmp_path_factory):
-    root = _copy(original, tmp_path_factory)
-    lines = (root / "parts.jsonl").read_bytes().splitlines()
+def test_no_log_does_harm(data, fuzzed):
+    lines = (fuzzed / "parts.jsonl").read_bytes().splitlines()
     raw = json.loads(lines[0][9:])
     changed = with_other(raw, data.draw(st.sampled_from(list(leaves(raw)))), data.draw(odd))
-    (root / "parts.jsonl").write_bytes(log_line(changed) + lines[1] + b"\n")
-    survives(root)
+    with put_back(fuzzed, "parts.jsonl"):
+        (fuzzed / "parts.jsonl").write_bytes(log_line(changed) + lines[1] + b"\n")
+        survives(fuzzed)
 
 
 @settings(deadline=None, max_examples=200)
 @given(data=st.data(), array=st.sampled_from(["token_ids", "instance_offsets", HOOK, f"{HOOK}.crc32c"]))
-def test_no_metadata_of_an_array_does_harm(data, array, original, tmp_path_factory):
-    root = _copy(original, tmp_path_factory)
-    raw = json.loads((root / f"parts/00000000/{array}/zarr.json").read_bytes())
+def test_no_metadata_of_an_array_does_harm(data, array, fuzzed):
+    metadata = f"parts/00000000/{array}/zarr.json"
+    raw = json.loads((fuzzed / metadata).read_bytes())
     changed = with_other(raw, data.draw(st.sampled_from(list(leaves(raw)))), data.draw(odd))
-    put(root, f"{array}/zarr.json", to_bytes(changed))
-    survives(root)
+    with put_back(fuzzed, metadata, "parts.jsonl"):
+        put(fuzzed, f"{array}/zarr.json", to_bytes(changed))
+        survives(fuzzed)
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.binary(max_size=400), name=st.sampled_from(["manifest.json", "parts.jsonl", "zarr.json"]))
-def test_no_bytes_do_harm(data, name, original, tmp_path_factory):
-    root = _copy(original, tmp_path_factory)
-    (root / name).write_bytes(data)
-    survives(root)
+def test_no_bytes_do_harm(data, name, fuzzed):
+    with put_back(fuzzed, name):
+        (fuzzed / name).write_bytes(data)
+        survives(fuzzed)
 
 
-def _copy(original, tmp_path_factory):
-    return shutil.copytree(original, tmp_path_factory.mktemp("fuzzed") / "cache")
+def test_the_fuzzed_cache_was_put_back(fuzzed, original):
+    assert tree_bytes(fuzzed) == tree_bytes(original)
