@@ -1,18 +1,14 @@
 """Layers added to a cache: what one run with all layers would have made, whatever happens on the way."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import edit_manifest, run_extract, tree_bytes
+from processes import kill, start_command, wait_for
 from safetensors.numpy import load_file, save_file
 
 import fastcache
@@ -95,13 +91,6 @@ def test_extract_and_repair_know_the_cache_afterwards(cache, tiny_qwen, chat_cor
     assert tree_bytes(cache) == all_at_once
 
 
-def start_adding(cache):
-    code = "from fastcache.pipeline.cli import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", code, "extract", "--add-layer", "0", "--add-layer", "3", "--cache", str(cache)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 def values(root, hook):
     cache = fastcache.open_cache(root)
     return cache.residuals(hook, 0, cache.n_tokens)
@@ -114,13 +103,11 @@ def test_killed_at_any_moment_it_is_the_old_cache_or_the_new(n, few, all_at_once
     for number in range(n):
         cache = tmp_path / str(number)
         shutil.copytree(few, cache)
-        process = start_adding(cache)
+        process = start_command("extract", "--add-layer", "0", "--add-layer", "3", "--cache", cache)
         log, size = cache / "parts.jsonl", (cache / "parts.jsonl").stat().st_size
-        while process.poll() is None and log.stat().st_size == size and not any((cache / "parts").glob(".*")):
-            time.sleep(0.002)
+        wait_for(lambda c=cache, o=log, s=size: o.stat().st_size != s or any((c / "parts").glob(".*")), process)
         time.sleep(rng.random() * 0.4)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill(process)
         assert problems(cache) == []
         opened = fastcache.open_cache(cache)
         assert opened.hook_points in (["resid_post.1"], ["resid_post.0", "resid_post.1", "resid_post.3"])

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import signal
-import subprocess
 
 import numpy as np
 import pytest
 from conftest import edit_manifest, run_extract, tree_bytes
 from crc32c import crc32c
+from processes import kill, n_lines, start_command, wait_for
 from test_cache_format import log_line
-from test_resume import command, n_lines, start, wait_for
 
 import fastcache
 from fastcache.cache_format.arrays import join_crc32c
@@ -366,10 +364,9 @@ def test_a_moved_corpus_may_be_named(cache, small_cache, chat_corpus, tmp_path):
 def test_an_unfinished_cache_is_repaired_and_then_finished(tiny_qwen, chat_corpus, small_cache, tmp_path):
     out = tmp_path / "cache"
     extract = ["extract", "--model", tiny_qwen, "--corpus", chat_corpus, "--layer", 1, "--layer", 3, "--parity", 2]
-    process = start(*extract, "--unit-tokens", 1000, "--out", out)
+    process = start_command(*extract, "--unit-tokens", 1000, "--out", out)
     wait_for(lambda: n_lines(out / "parts.jsonl") >= 2, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(process)
     flip(out / "parts/00000000/token_ids/c/0")
     assert repair(out, Silent()) == [0]
     run_extract(tiny_qwen, chat_corpus, out, layer=(1, 3), dtype="bfloat16")
@@ -404,13 +401,11 @@ def test_a_repair_killed_anywhere_goes_on(cache, small_cache):
         return (part.exists(), n_lines(cache / "parts.jsonl"))
 
     for _ in range(3):
-        process = start("repair", cache)
+        process = start_command("repair", cache)
         before = moment()
         wait_for(lambda b=before: moment() != b, process)
         seen.add(moment())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill(process)
     assert len(seen) > 1
-    done = subprocess.run(command("repair", str(cache)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    main(["repair", str(cache)])
     assert tree_bytes(cache) == tree_bytes(small_cache)

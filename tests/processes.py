@@ -1,0 +1,62 @@
+"""Processes to be killed. They are forked off one that has imported what they need, which takes longer than what they do."""
+
+import os
+import time
+from multiprocessing import get_context
+
+_forks = get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        "fastcache.pipeline.commands.extract",
+        "fastcache.pipeline.commands.repair",
+        "fastcache.pipeline.commands.train",
+        "fastcache.stages.extract.add_layer",
+        "fastcache.stages.extract.repair",
+        "fastcache.stages.train.sweep",
+        "pyarrow.dataset",
+        "tokenizers",
+        "transformers.models.qwen2.modeling_qwen2",
+    ]
+)
+
+
+def start(function, *arguments):
+    """A process that calls `function`, of a module, and whose output is dropped."""
+    process = _forks.Process(target=_call, args=(dict(os.environ), function, arguments))
+    process.start()
+    return process
+
+
+def start_command(*words):
+    """A process of our command line."""
+    return start(_main, [str(word) for word in words])
+
+
+def _call(environment, function, arguments):
+    os.environ.update(environment)  # that of the server is of an earlier test
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    function(*arguments)
+
+
+def _main(words):
+    from fastcache.pipeline.cli import main
+
+    main(words)
+
+
+def kill(process):
+    process.kill()
+    process.join()
+
+
+def wait_for(condition, process, seconds=120):
+    """Until it holds or the process has ended."""
+    for _ in range(seconds * 200):
+        if condition() or not process.is_alive():
+            return
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+def n_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
