@@ -4,8 +4,8 @@ import os
 import time
 from multiprocessing import get_context
 
-_forks = get_context("forkserver")
-_forks.set_forkserver_preload(
+forks = get_context("forkserver")
+forks.set_forkserver_preload(
     [
         "fastcache.pipeline.commands.extract",
         "fastcache.pipeline.commands.repair",
@@ -22,7 +22,7 @@ _forks.set_forkserver_preload(
 
 def start(function, *arguments):
     """A process that calls `function`, of a module, and whose output is dropped."""
-    process = _forks.Process(target=_call, args=(dict(os.environ), function, arguments))
+    process = forks.Process(target=_call, args=(dict(os.environ), function, arguments))
     process.start()
     return process
 

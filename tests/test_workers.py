@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import edit_manifest, run_extract, tree_bytes
+from processes import forks, start_command, wait_for
 from safetensors.numpy import load_file, save_file
 
 import fastcache
@@ -50,24 +49,22 @@ def _is_worker(pid):
 
 
 def test_a_worker_that_is_killed_loses_nothing(alone, tiny_qwen, chat_corpus, tmp_path):
-    code = (
-        "import sys; sys.path[:0] = [sys.argv[1]]; from conftest import edit_manifest, run_extract; from pathlib import Path;"
-        f"run_extract(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), unit_tokens={UNIT}, workers=2)"
-    )
     out = tmp_path / "cache"
-    arguments = [str(Path(__file__).parent), str(tiny_qwen), str(chat_corpus), str(out)]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments])
-    killed = 0
-    while process.poll() is None and not killed:
-        time.sleep(0.02)
-        if (out / "parts.jsonl").exists():
-            worker = next(pid for pid in _children(process.pid) if _is_worker(pid))
-            os.kill(worker, signal.SIGKILL)
-            killed += 1
-    assert process.wait() == 0
-    assert killed
+    given = {"model": tiny_qwen, "corpus": chat_corpus, "layer": 1, "dtype": "float32", "unit-tokens": UNIT, "parity": 2}
+    options = [word for name, value in given.items() for word in (f"--{name}", value)]
+    process = start_command("extract", *options, "--workers", 2, "--out", out)
+    wait_for((out / "parts.jsonl").exists, process)
+    os.kill(next(pid for pid in _children(process.pid) if _is_worker(pid)), signal.SIGKILL)
+    process.join()
+    assert process.exitcode == 0
     assert parts_of(out) == parts_of(alone)
     assert fastcache.open_cache(out).manifest.failed == {}
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers begin with all modules loaded: loading them anew for each is most of the time, and is tested above."""
+    monkeypatch.setattr("fastcache.crew.multiprocessing", SimpleNamespace(get_context=lambda _: forks))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +95,7 @@ def rare_corpus(chat_file, tmp_path_factory):
     return folder / "corpus"
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_unit_that_always_fails_is_named_and_the_rest_goes_on(rare_model, rare_corpus, tmp_path):
     options = {"unit_tokens": UNIT, "workers": 2, "parity": 0}
     cache = run_extract(rare_model, rare_corpus, tmp_path / "cache", **options)
@@ -147,6 +145,7 @@ def _with_nan(model, folder, token):
     return folder
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_nan_in_a_worker_stops_the_run_and_names_the_dialogue(rare, tiny_qwen, rare_corpus, tmp_path):
     token, holder, _ = rare
     model = _with_nan(tiny_qwen, tmp_path / "model", token)
@@ -154,6 +153,7 @@ def test_nan_in_a_worker_stops_the_run_and_names_the_dialogue(rare, tiny_qwen, r
         run_extract(model, rare_corpus, tmp_path / "cache", unit_tokens=UNIT, workers=2, parity=0)
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nan_can_be_skipped_and_is_counted(workers, rare, tiny_qwen, rare_corpus, tmp_path):
     token, holder, everyone = rare
@@ -167,6 +167,7 @@ def test_nan_can_be_skipped_and_is_counted(workers, rare, tiny_qwen, rare_corpus
     assert tree_bytes(tmp_path / "cache") == before
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_unit_of_which_nan_leaves_nothing_is_named_and_the_rest_goes_on(
     workers, rare, tiny_qwen, rare_corpus, tmp_path
@@ -191,6 +192,7 @@ def test_the_status_file_tells_where_the_run_stands(alone):
     assert status["units_done"] == len(cache.parts)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_repair_leaves_failed_units_failed(rare_model, rare_corpus, tmp_path):
     from fastcache.progress import Silent
     from fastcache.stages.extract.repair import repair
