@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from fastcache import __version__
 from fastcache.corpus import CORPUS_FILE, Corpus
 from fastcache.errors import FormatError, IntegrityError
-from fastcache.extras import require_packages
+from fastcache.extras import page_template, require_packages
 from fastcache.files import require_fields, write_bytes_atomic
 from fastcache.stages.prepare.histograms import measure, plot_lengths, read_batches, shards
 from fastcache.stages.prepare.ledger import KEPT, LEDGER_FILE
@@ -34,18 +34,13 @@ def write_page(out: Path) -> Path:
     `IntegrityError` if its files can't be read or don't fit together.
     """
     require_packages("The corpus page", "report", "matplotlib", "jinja2")
-    import jinja2
-
     corpus = Corpus(out)
     info = corpus.info
     _check(info, out / CORPUS_FILE)
     sources = list(info["counts"])
     lengths, n_measured = measure(corpus)
     tokens = info.get("token_lengths")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("page.html.j2").render(
+    page = page_template(Path(__file__).parent / "page.html.j2").render(
         version=__version__,
         info=info,
         sources=sources,

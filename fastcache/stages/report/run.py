@@ -10,7 +10,7 @@ from fastcache.cache_format.reader import open_cache
 from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
-from fastcache.extras import require_packages
+from fastcache.extras import page_template, require_packages
 from fastcache.files import write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
 from fastcache.stages.report.paper import compared
@@ -70,17 +70,12 @@ def _write_page(
     config: ReportConfig, runs: list[Run], reloads: float | None = None, speeds: Speeds | None = None
 ) -> None:
     """`reloads`: seconds until the page loads itself again; `speeds`: tokens a second, by folder."""
-    import jinja2
-
     from fastcache.stages.report import curves
 
     evaluations = [run.evaluation for run in runs if run.evaluation]
     _require_same_dialogues(runs)
     found, done = panels(runs), all(run.is_done for run in runs)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = page_template(Path(__file__).parent / "report.html.j2").render(
         title=config.title,
         note=config.note,
         version=__version__,
