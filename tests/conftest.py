@@ -40,6 +40,14 @@ def testdata() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting():
+    """Nothing here cuts the power, so this process need not wait for the disk; those that are killed do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
+
+
 def make_dialogues(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
     rng = np.random.default_rng(seed)
 

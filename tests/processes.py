@@ -14,6 +14,7 @@ forks.set_forkserver_preload(
         "fastcache.stages.extract.repair",
         "fastcache.stages.train.sweep",
         "pyarrow.dataset",
+        "pytest",  # where it is the main module, each process imports it
         "tokenizers",
         "transformers.models.qwen2.modeling_qwen2",
     ]

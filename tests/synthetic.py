@@ -1,6 +1,5 @@
-"""A small complete cache from no model: `python tests/synthetic.py FOLDER` writes it, or goes on writing it."""
+"""A small complete cache from no model."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +62,3 @@ def finish(writer: CacheWriter) -> None:
     }
     manifest.state = "complete"
     writer.save_manifest()
-
-
-if __name__ == "__main__":
-    print("begins", flush=True)
-    write(Path(sys.argv[1]))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import synthetic
 from conftest import tree_bytes
+from processes import kill, n_lines, start, wait_for
 
 import fastcache
 from fastcache.cache_format.manifest import Log
@@ -29,12 +30,6 @@ from fastcache.errors import BusyError, FastcacheError, IntegrityError, SpaceErr
 
 TESTS = Path(__file__).parent
 few_or_many = pytest.mark.parametrize("n", [25, pytest.param(200, marks=pytest.mark.long)])
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    """Nothing here cuts the power, so this process need not wait for the disk; those that are killed do."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +47,6 @@ def child(code, *arguments, **options):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
 
 
-def start_writing(root):
-    """A process that writes the synthetic cache, which has just begun."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, str(TESTS / "synthetic.py"), str(root)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    return process
-
-
 def leftovers(root):
     return list((root / "parts").glob(".*"))
 
@@ -71,17 +57,17 @@ def leftovers(root):
 @few_or_many
 def test_killed_at_any_moment_nothing_is_lost(n, whole, tmp_path):
     root = tmp_path / "timed"
-    process = start_writing(root)
+    process = start(synthetic.write, root)
     begun = time.perf_counter()
-    assert process.wait() == 0
+    process.join()
+    assert process.exitcode == 0
     duration = time.perf_counter() - begun
     rng, unfinished = random.Random(0), 0
     for number in range(n):
         root = tmp_path / str(number)
-        process = start_writing(root)
+        process = start(synthetic.write, root)
         time.sleep(rng.random() * duration)
-        process.kill()
-        process.wait()
+        kill(process)
         parts = Log(LocalStorage(root)).records
         kept = {one.index: (root / f"parts/{one.name}").stat().st_mtime_ns for one in parts}
         unfinished += len(parts) < len(synthetic.LENGTHS)
@@ -313,12 +299,9 @@ def test_a_clock_that_runs_backwards_changes_no_byte(whole, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("when", [0, 4_000_000_000])
 def test_times_of_files_mean_nothing(when, whole, tmp_path):
-    process = start_writing(tmp_path / "cache")
-    log = tmp_path / "cache/parts.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size > 1000):
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    process = start(synthetic.write, tmp_path / "cache")
+    wait_for(lambda: n_lines(tmp_path / "cache/parts.jsonl") >= 1, process)
+    kill(process)
     for path in tmp_path.rglob("*"):
         os.utime(path, (when, when))
     synthetic.write(tmp_path / "cache")

@@ -1,15 +1,13 @@
 """The same cache in a bucket, against a real S3 endpoint (moto's server)."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import run_extract, tree_bytes
+from processes import kill, start, wait_for
 
 import fastcache
 from fastcache.cache_format.manifest import Log
@@ -107,23 +105,12 @@ def test_reading_rows_asks_for_their_ranges_only(bucket, tiny_qwen, chat_corpus,
     assert units[1:] == [256 * cache.d_in * 4]  # after the index, one unit
 
 
-def _start(model, corpus, out):
-    code = (
-        "import sys; sys.path[:0] = [sys.argv[1]]; from conftest import run_extract; from pathlib import Path;"
-        "run_extract(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])"
-    )
-    here = str(Path(__file__).parent)
-    return subprocess.Popen([sys.executable, "-c", code, here, str(model), str(corpus), out])
-
-
 def test_an_extraction_into_a_bucket_that_was_killed_is_gone_on_with(bucket, local, tiny_qwen, chat_corpus):
     address = f"{bucket}/cache"
-    process = _start(tiny_qwen, chat_corpus, address)
-    while process.poll() is None and not (names := ObjectStorage(address).sizes("parts/00000001")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert names
+    process = start(run_extract, tiny_qwen, chat_corpus, address)
+    wait_for(lambda: ObjectStorage(address).sizes("parts/00000001"), process)
+    kill(process)
+    assert ObjectStorage(address).sizes("parts/00000001")
     assert LEASE in ObjectStorage(address).sizes("")
     run_extract(tiny_qwen, chat_corpus, address)
     found, expected = objects(address), tree_bytes(local)

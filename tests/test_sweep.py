@@ -1,15 +1,10 @@
 """Many SAEs from one reading: each is what a run of its own would have made."""
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from processes import kill, start, wait_for
 from safetensors.torch import load_file
 
 from fastcache.errors import InputError, MismatchError, NonFiniteError, SpaceError
@@ -126,30 +121,20 @@ def test_other_members_are_refused_in_the_same_folder(swept, small_cache):
         sweep(make_config(small_cache, runs=MIXED["runs"][:3]), swept[0], Silent())
 
 
-CODE = """
-import json, sys
-from pathlib import Path
-from fastcache.progress import Silent
-from fastcache.stages.train.sweep import sweep
-from fastcache.stages.train.sweep_config import sweep_config
-import torch
-torch.set_num_threads(int(sys.argv[3]))
-sweep(sweep_config(json.loads(sys.argv[1])), Path(sys.argv[2]), Silent())
-"""
+def sweep_in_threads(config, out, n_threads):
+    torch.set_num_threads(n_threads)
+    sweep(config, out, Silent())
 
 
 @pytest.mark.parametrize("n_checkpoints", [1, 3, 5])
 def test_a_sweep_that_is_killed_goes_on_bit_for_bit(swept, small_cache, tmp_path, n_checkpoints):
     out = tmp_path / "sweep"
-    values = {"cache": str(small_cache), "base": BASE, **MIXED}
-    arguments = [sys.executable, "-c", CODE, json.dumps(values), str(out), str(torch.get_num_threads())]
-    process = subprocess.Popen(arguments)
+    config = make_config(small_cache, **MIXED)
+    process = start(sweep_in_threads, config, out, torch.get_num_threads())
     # Some members have written their checkpoint of this moment by then, others haven't.
-    while process.poll() is None and len(list(out.glob("*/checkpoints/[0-9]*"))) < n_checkpoints:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    result = sweep(make_config(small_cache, **MIXED), out, Silent())
+    wait_for(lambda: len(list(out.glob("*/checkpoints/[0-9]*"))) >= n_checkpoints, process)
+    kill(process)
+    result = sweep(config, out, Silent())
     assert result["members"] == swept[1]["members"]
     for name in result["members"]:
         assert_same_weights(weights(out / name), weights(swept[0] / name))

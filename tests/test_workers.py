@@ -50,7 +50,14 @@ def _is_worker(pid):
 
 def test_a_worker_that_is_killed_loses_nothing(alone, tiny_qwen, chat_corpus, tmp_path):
     out = tmp_path / "cache"
-    given = {"model": tiny_qwen, "corpus": chat_corpus, "layer": 1, "dtype": "float32", "unit-tokens": UNIT, "parity": 2}
+    given = {
+        "model": tiny_qwen,
+        "corpus": chat_corpus,
+        "layer": 1,
+        "dtype": "float32",
+        "unit-tokens": UNIT,
+        "parity": 2,
+    }
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     process = start_command("extract", *options, "--workers", 2, "--out", out)
     wait_for((out / "parts.jsonl").exists, process)
