@@ -86,11 +86,13 @@ class AddressOrPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-def output_options(function: Callable[..., Any], remote: bool = False) -> Callable[..., Any]:
+def output_options(
+    function: Callable[..., Any], remote: bool = False, default: str = "named by the settings, below ./fastcache-runs"
+) -> Callable[..., Any]:
     """Add `--out` and `--fresh`; with `remote`, the output may be in a bucket."""
     fresh_help = "Start over: remove what an earlier run left in the output directory."
     function = click.option("--fresh", is_flag=True, help=fresh_help)(function)
-    out_help = "Output directory.  [default: named by the settings, below ./fastcache-runs]"
+    out_help = f"Output directory.  [default: {default}]"
     kind = AddressOrPath(path_type=Path) if remote else click.Path(path_type=Path)
     return click.option("--out", type=kind, metavar="DIR", help=out_help)(function)
 

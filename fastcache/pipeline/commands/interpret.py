@@ -1,6 +1,7 @@
 """`fastcache interpret`, `fastcache interpret judge` and `fastcache interpret scores`."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
 
 
 @command.command(name="judge", help=JUDGE_HELP)
-@output_options
+@partial(output_options, default="judge/ below the latents")
 @settings_options(JudgeConfig)
 def judge_command(out: Path | None, fresh: bool, **given: Any) -> None:
     """Score latents."""

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from fastcache import __version__
 from fastcache.cache_format.schema import METHODS, layer_of
 from fastcache.errors import InputError, MismatchError
-from fastcache.extras import require_packages
+from fastcache.extras import page_template, require_packages
 from fastcache.files import read_json, require_fields, write_bytes_atomic
 from fastcache.stages.interpret.config import ScoresConfig
 from fastcache.stages.interpret.judge.tables import CSV_FILE, SCORES, SCORES_FILE, SUMMARY_FILE, to_csv
@@ -89,13 +89,8 @@ def by_method(summaries: list[Summary]) -> dict[str, dict[int, float]]:
 
 
 def _page(summaries: list[Summary]) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     scored = [summary for summary in summaries if summary["scored"]]
-    return environment.get_template("scores.html.j2").render(
+    return page_template(Path(__file__).parent / "scores.html.j2").render(
         version=__version__,
         summaries=summaries,
         interval=interval,
