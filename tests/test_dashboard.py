@@ -4,7 +4,11 @@ import http.client
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -257,6 +261,20 @@ def test_the_server_is_for_this_machine_and_this_folder(served):
     assert ask(served, "/%2e%2e/about.json").status == 404
     assert ask(served, "/", host=f"evil.example:{served.server_port}").status == 403
     assert ask(served, "/").headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_command_shows_the_page_until_ctrl_c(results, dashboard):
+    words = ["dashboard", "--latents", results, "--port", 0]
+    code = "from fastcache.pipeline.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        shown = next(line for line in process.stdout if "http://localhost:" in line)
+        port = int(re.search(r"localhost:(\d+)/", shown)[1])
+        with urlopen(f"http://localhost:{port}/data/index.js") as response:
+            assert response.read() == (dashboard.parent / "data" / "index.js").read_bytes()
+        process.send_signal(signal.SIGINT)
+        assert "Stopped." in process.stdout.read()
+    assert process.returncode == 0
 
 
 def test_a_taken_port_is_told(served, dashboard):
