@@ -90,7 +90,7 @@ class Collector:
         values = acts[rows, latents]
         bins = bin_of(values)
         self.histogram.view(-1).index_add_(0, latents * BINS + bins, torch.ones_like(latents))
-        self.active += (masks.float() @ (acts != 0).float()).T.long()
+        self.active += torch.stack([latents[mask[rows]].bincount(minlength=len(self.active)) for mask in masks], 1)
         self.total += acts.sum(0).double()
         self.n_tokens += masks.sum(1)
         self._draw(acts, rows, latents, bins, dialogue)
