@@ -15,9 +15,10 @@ from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.sae.storage import save_sae
 from fastcache.stages.interpret import run as interpret_module
-from fastcache.stages.interpret.collect import BINS, Collector, bin_of
+from fastcache.stages.interpret.collect import BINS, Collector, bin_of, window_dialogues
 from fastcache.stages.interpret.config import InterpretConfig
 from fastcache.stages.interpret.decoder import nearest_latents, promoted_tokens
+from fastcache.stages.interpret.results import Results
 from fastcache.stages.interpret.run import interpret
 from fastcache.stages.interpret.tables import quantile_bins
 
@@ -48,6 +49,13 @@ def run(folder, cache, out, **settings):
 @pytest.fixture(scope="module")
 def found(folder, small_cache, tmp_path_factory):
     return run(folder, small_cache, tmp_path_factory.mktemp("found") / "out")
+
+
+@pytest.fixture(scope="module")
+def small_found(folder, small_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small") / "out"
+    run(folder, small_cache, out)
+    return Results(out)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +113,43 @@ def test_densities_are_shares_of_the_tokens_of_each_set(found, acts, small_cache
             assert row[f"density_{name}"] == pytest.approx((values[mask] > 0).sum() / max(mask.sum(), 1))
     assert any(row["n_active"] == 0 for row in found[0])
     assert any(0 < row["density_all"] < 0.2 for row in found[0])
+
+
+def test_a_latent_is_silent_in_the_windows_in_which_it_is_never_active(found, small_found, acts, small_cache):
+    windows = small_found.windows()
+    assert len({window["dialogue"] for window in windows}) == len(windows) == open_cache(small_cache).n_instances
+    for window in windows:
+        start, stop = window["start"], window["start"] + len(window["tokens"])
+        assert (start, stop) == (
+            max(0, window["position"] - WINDOW),
+            min(len(acts[window["dialogue"]]), window["position"] + WINDOW + 1),
+        )
+        active = (acts[window["dialogue"]][start:stop] > 0).any(0).tolist()
+        assert [window["window"] not in row["silent_windows"] for row in found[0]] == active
+    assert any(0 < len(row["silent_windows"]) < len(windows) for row in found[0])
+
+
+def test_windows_are_drawn_from_all_dialogues_alike():
+    counts = Counter(dialogue for seed in range(300) for dialogue in window_dialogues(200, seed))
+    assert set(counts) == set(range(200))
+    assert max(counts.values()) < 96 + 5 * 96**0.5  # 300 * 64 / 200, and five standard deviations
+    assert len(window_dialogues(10, 0)) == 10
+
+
+def test_results_tell_what_they_are_of(small_found, folder, small_cache):
+    assert small_found.about["sae"]["trained_on"] == "fast"
+    assert small_found.about["dialogues"] == open_cache(small_cache).n_instances
+    assert small_found.about["tokens"]["all"] == open_cache(small_cache).n_tokens
+
+
+def test_contexts_can_be_read_of_some_latents_or_one_after_the_other(small_found, found):
+    by_latent = dict(small_found.contexts())
+    assert [row for rows in by_latent.values() for row in rows] == found[1]
+    some = list(by_latent)[3:9]
+    assert small_found.contexts_of(some) == {latent: by_latent[latent] for latent in some}
+    assert small_found.active_in_dialogues(TOP) == [
+        latent for latent, rows in by_latent.items() if sum(row["kind"] == "top" for row in rows) == TOP
+    ]
 
 
 def test_every_activation_of_a_bin_is_as_likely_to_be_drawn():
@@ -165,6 +210,16 @@ def test_the_command_shows_the_strongest_and_knows_output_tokens(folder, small_c
     assert "never active" in capsys.readouterr().out
     latents = pq.read_table(out / "latents.parquet").to_pylist()
     assert all(len(row["promoted"]) == len(row["suppressed"]) == 10 for row in latents)
+
+
+def test_what_is_written_can_be_judged_and_shown(folder, small_cache, tmp_path):
+    out = tmp_path / "out"
+    run(folder, small_cache, out, top=5, neighbours=0, window=0)
+    main(["interpret", "judge", "--latents", str(out), "--judge", "none", "--count", "7"])
+    assert (out / "judge" / "prompts.jsonl").read_bytes().count(b"\n") == 7
+    main(["dashboard", "--latents", str(out), "--no-serve"])
+    n_latents = len(Results(out).latents(["latent"]))
+    assert len(list((out / "dashboard" / "data").glob("latents-*.js"))) == -(-n_latents // 64)
 
 
 def test_an_sae_of_another_layer_is_refused(small_cache, tmp_path, sae):
