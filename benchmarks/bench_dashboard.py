@@ -77,7 +77,7 @@ def contexts(latent: int, rng: np.random.Generator) -> list[dict]:
     return [
         {
             "latent": latent, "kind": "top" if n < 10 else "drawn", "rank": n % 10, "value": 10.0 - n / 2, "dialogue": n,
-            "corpus_row": n, "position": 16, "start": 0, "tokens": [WORDS[word] for word in words[n]],
+            "corpus_row": n, "position": 16, "start": 0, "text": "", "tokens": [WORDS[word] for word in words[n]],
             "token_types": [72] * TOKENS, "activations": [0.0] * 15 + [1.0, 10.0 - n / 2, 0.5] + [0.0] * 15,
         }
         for n in range(CONTEXTS)

@@ -19,7 +19,7 @@ def context(dialogue, words):
     tokens = ["<|im_start|>", *words]
     types = [int(SPECIAL), *[int(CONTENT)] * len(words)]
     shown = {"dialogue": dialogue, "corpus_row": 1000 + dialogue, "position": 3 + len(tokens) // 2, "start": 3}
-    return {**shown, "tokens": tokens, "token_types": types}
+    return {**shown, "text": "".join(tokens), "tokens": tokens, "token_types": types}
 
 
 def make_results(folder, d_sae, top=10, word="word", dead=(), trained_on="fast"):
@@ -65,5 +65,5 @@ def make_results(folder, d_sae, top=10, word="word", dead=(), trained_on="fast")
     }  # fmt: skip
     tokens = dict.fromkeys(TOKEN_SETS, 10_000)
     about = {"sae": sae, "cache_fingerprint": "1" * 64, "split": "interpret", "dialogues": 500, "tokens": tokens}
-    write_json_atomic(folder / ABOUT_FILE, {**about, "top": top, "window": 16, "seed": 42})
+    write_json_atomic(folder / ABOUT_FILE, {**about, "top": top, "window": 16, "seed": 42, "readable": True})
     return folder

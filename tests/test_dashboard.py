@@ -172,6 +172,7 @@ def test_a_neighbour_is_a_link(page):
     page.get_by_role("button", name="#9 ").click()
     wait_for(page, "#9")
     assert page.url.endswith("#9")
+    assert page.locator("[aria-selected=true]").inner_text().startswith("#9")
 
 
 @needs_chromium
@@ -228,6 +229,37 @@ def test_a_missing_data_file_is_named(browser, dashboard, tmp_path):
     page.close()
 
 
+@needs_chromium
+@pytest.mark.parametrize("content", ["", "fastcacheLatents(1,["])
+def test_a_torn_data_file_is_named(browser, dashboard, tmp_path, content):
+    shutil.copytree(dashboard.parent, tmp_path / "copy")
+    (tmp_path / "copy" / "data" / "latents-00001.js").write_text(content)
+    page = browser.new_page()
+    page.goto((tmp_path / "copy" / "index.html").as_uri() + "#100")
+    page.wait_for_selector("text=data/latents-00001.js can't be loaded")
+    page.close()
+
+
+@needs_chromium
+def test_a_file_that_fails_late_does_not_take_the_place_of_another_latent(browser, served):
+    page = browser.new_page()
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/latents-00001.js", hold)
+    page.goto(f"http://localhost:{served.server_port}/#100", wait_until="commit")
+    page.wait_for_selector("#rows .row")
+    page.fill("#search", "#7")
+    page.keyboard.press("Enter")
+    wait_for(page, "#7 names of seas")
+    held[0].abort()
+    page.wait_for_timeout(100)
+    assert opened(page) == "#7 names of seas"
+    page.close()
+
+
 @pytest.fixture(scope="module")
 def served(dashboard):
     with make_server(dashboard.parent, 0) as server:
@@ -259,6 +291,7 @@ def test_the_server_is_for_this_machine_and_this_folder(served):
     assert ask(served, "/data/").status == 404
     assert ask(served, "/../../about.json").status == 404
     assert ask(served, "/%2e%2e/about.json").status == 404
+    assert ask(served, "/", host="localhost").status == 200  # as a browser asks at port 80
     assert ask(served, "/", host=f"evil.example:{served.server_port}").status == 403
     assert ask(served, "/").headers["X-Content-Type-Options"] == "nosniff"
 
@@ -370,6 +403,10 @@ def test_a_finished_dashboard_is_left_and_new_scores_are_shown(results, tmp_path
     assert (folder / "dashboard" / "index.html").stat().st_mtime_ns == before
     add_scores(folder, [scored(5, 3, "five")])
     main(command)
+    contexts = pq.read_table(folder / "contexts.parquet")
+    pq.write_table(contexts.slice(1), folder / "contexts.parquet")
+    main(command)
+    assert "is up to date" not in capsys.readouterr().out
     assert b"five" in (folder / "dashboard" / "data" / "index.js").read_bytes()
 
 

@@ -5,8 +5,10 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 from test_metrics import provenance, trained_like
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import TOKEN_SETS, token_sets
@@ -15,12 +17,12 @@ from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.sae.storage import save_sae
 from fastcache.stages.interpret import run as interpret_module
-from fastcache.stages.interpret.collect import BINS, Collector, bin_of, window_dialogues
+from fastcache.stages.interpret.collect import BINS, Collector, Contexts, bin_of, window_dialogues
 from fastcache.stages.interpret.config import InterpretConfig
 from fastcache.stages.interpret.decoder import nearest_latents, promoted_tokens
 from fastcache.stages.interpret.results import Results
 from fastcache.stages.interpret.run import interpret
-from fastcache.stages.interpret.tables import quantile_bins
+from fastcache.stages.interpret.tables import Texts, quantile_bins
 
 HOOK, TOP, WINDOW = "resid_post.1", 3, 4
 
@@ -215,7 +217,7 @@ def test_the_command_shows_the_strongest_and_knows_output_tokens(folder, small_c
 def test_what_is_written_can_be_judged_and_shown(folder, small_cache, tmp_path):
     out = tmp_path / "out"
     run(folder, small_cache, out, top=5, neighbours=0, window=0)
-    main(["interpret", "judge", "--latents", str(out), "--judge", "none", "--count", "7"])
+    main(["interpret", "judge", "--latents", str(out), "--judge", "none", "--judge-model", "m", "--count", "7"])
     assert (out / "judge" / "prompts.jsonl").read_bytes().count(b"\n") == 7
     main(["dashboard", "--latents", str(out), "--no-serve"])
     n_latents = len(Results(out).latents(["latent"]))
@@ -228,3 +230,35 @@ def test_an_sae_of_another_layer_is_refused(small_cache, tmp_path, sae):
     with pytest.raises(MismatchError, match=r"trained at resid_post\.7"):
         run(other, small_cache, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_activations_beyond_float16_stay_finite():
+    contexts = Contexts.empty(1, 1, 1, "cpu")
+    acts = torch.tensor([[1.0], [90_000.0], [2.0]])
+    one = torch.tensor([0])
+    contexts.put(one, one, torch.tensor([1.0]), acts, 0, torch.tensor([1]))
+    assert contexts.around[0, 0].tolist() == [1.0, 65504.0, 2.0]
+    assert contexts.value[0, 0] == 90_000
+
+
+def sentencepiece_like():
+    """A tokenizer whose decoder takes the space from the first token, as Llama 2's does."""
+    words = ["a", "\u2581a", "\u2581the", "\u2581cat", "s"]
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, "a"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    model.decoder = tokenizers.decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=model)
+
+
+def test_tokens_keep_their_spaces_whatever_the_decoder(small_cache):
+    texts = Texts(open_cache(small_cache), sentencepiece_like())
+    assert [texts.piece(token) for token in (2, 3, 4)] == [" the", " cat", "s"]
+
+
+def test_a_text_is_whole_where_a_letter_is_of_several_tokens(small_found, small_cache):
+    for row in small_found.windows()[:5]:
+        instance = open_cache(small_cache).instance(row["dialogue"])
+        tokens = instance.token_ids[row["start"] : row["start"] + len(row["tokens"])].tolist()
+        assert row["text"] == AutoTokenizer.from_pretrained(
+            open_cache(small_cache).manifest.identity["model"]["name"]
+        ).decode(tokens)

@@ -1,6 +1,7 @@
 """The judge: asked through a scripted endpoint that answers well, badly, slowly or not at all; never paid twice."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from latents import make_results
 
 from fastcache.config import from_mapping
 from fastcache.errors import BudgetError, EndpointError, InputError, MismatchError
+from fastcache.files import read_json, write_json_atomic
 from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.stages.interpret.config import JudgeConfig
 from fastcache.stages.interpret.judge import endpoint
+from fastcache.stages.interpret.judge import run as run_module
 from fastcache.stages.interpret.judge.answers import (
     Score,
     UnparsedError,
@@ -340,7 +343,7 @@ def test_a_killed_run_asks_only_for_what_is_missing(latents, tmp_path):
     assert summary["scored"] == 12
     assert before <= 7
     assert len(server.asked) <= 12 + 2  # those that were under way
-    assert summary["requests"] == len(server.asked)
+    assert len(server.asked) <= summary["requests"] <= len(server.asked) + 2  # noted before it is sent
 
 
 def test_more_latents_cost_only_themselves(latents, tmp_path):
@@ -417,6 +420,8 @@ def answered(form, request, text):
 @pytest.mark.parametrize(
     "line",
     [
+        '{"id": [1], "answer": "x"}',
+        '{"id": "score-1", "response": "x"}',
         '{"id": "score-5", "answer": "x"}',
         '{"id": "score-1"',
         '["score-1"]',
@@ -432,8 +437,8 @@ def test_answers_to_nothing_that_was_asked_are_refused(latents, tmp_path, line):
 
 
 def test_the_key_is_sent_and_nowhere_else(latents, tmp_path, capsys):
-    escaped = json.dumps(completion(KEY)).replace("/", "\\/").encode()
-    said = iter([Reply(f"your key {KEY}".encode(), 500), f"I know {KEY} [[2]] [[{KEY}]]", Reply(escaped)])
+    escaped = [json.dumps(completion(KEY)).replace("/", form).encode() for form in ("\\/", "\\u002f")]
+    said = iter([Reply(f"your key {KEY}".encode(), 500), f"I know {KEY} [[2]] [[{KEY}]]", *map(Reply, escaped)])
     with serve(lambda body: next(said, None) or good(body)) as server:
         arguments = [
             "--latents",
@@ -457,12 +462,23 @@ def test_the_key_is_sent_and_nowhere_else(latents, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"judge_url": None}, "--judge-url and --judge-model"),
+        ({"judge_url": None}, "needs --judge-url"),
+        ({"judge_model": None}, "--judge-model is needed"),
         ({"judge_url": "ftp://x/v1"}, "should begin with https"),
-        ({"judge_url": "https://me:secret@x/v1"}, "must hold no password"),
+        ({"judge_url": "https://me:secret@x/v1"}, "neither a password nor a query"),
+        ({"judge_url": "https://x/v1?key=secret"}, "neither a password nor a query"),
+        ({"judge_url": "http://[::1/v1"}, "no address"),
+        ({"judge_url": "http://localhost:99999/v1"}, "no address"),
+        ({"judge_url": "http://localhost:abc/v1"}, "no address"),
+        ({"judge_key_env": "sk-secret-key"}, "name of a variable"),
         ({"judge_url": "http://judge.example/v1"}, "unencrypted"),
         ({"judge_body": "{"}, "--judge-body"),
         ({"judge_body": "[1]"}, "JSON object"),
+        ({"judge_body": '{"max_tokens": -1}'}, "max_tokens should be a whole number"),
+        ({"judge_body": '{"max_tokens": "x"}'}, "max_tokens should be a whole number"),
+        ({"judge_body": '{"n": 1.5}'}, "n should be a whole number"),
+        ({"judge_body": '{"model": "another"}'}, "can't change model"),
+        ({"judge_body": '{"stream": true}'}, "can't change stream"),
         ({"max_cost": 1}, "--price-in"),
         ({"max_cost": 1, "price_in": 1, "price_out": 1, "judge_body": '{"max_tokens": null}'}, "limit on answers"),
         ({"answers": ["x"]}, "--judge none"),
@@ -494,3 +510,148 @@ def test_too_few_contexts_kept_is_told(tmp_path):
     folder = make_results(tmp_path / "few", 6, top=3)
     with serve(good) as server, pytest.raises(InputError, match="--top 5 or more"):
         run(folder, tmp_path / "out", server)
+
+
+def test_a_key_that_is_a_word_leaves_the_answers_as_they_are(latents, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with serve(lambda body: "[[none]]" if "Pattern" in question(body) else good(body)) as server:
+        summary = run(latents, tmp_path / "out", server, detection=True)
+    assert summary["detection"]["scored"] == 12
+
+
+def test_plain_http_never_goes_through_a_proxy(latents, tmp_path, monkeypatch):
+    with serve(good) as server, serve(good) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        monkeypatch.setenv("ALL_PROXY", proxy.url.removesuffix("/v1"))
+        run(latents, tmp_path / "out", server)
+    assert (len(server.asked), len(proxy.asked)) == (12, 0)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        [1],
+        "x",
+        None,
+        {"prompt_tokens": "12"},
+        {"prompt_tokens": -1, "completion_tokens": 5},
+        {"prompt_tokens": 1.5, "completion_tokens": 5},
+    ],
+)
+def test_an_odd_count_of_tokens_counts_with_the_most_it_may_be(latents, tmp_path, usage):
+    body = json.dumps({**completion("[[3]] [[fine]]"), "usage": usage}).encode()
+    prices = {"price_in": 0, "price_out": 1e6 / 512}
+    with serve(lambda _: Reply(body)) as server:
+        summary = run(latents, tmp_path / "out", server, **prices)
+        assert summary["cost"] == summary["scored"] == 12
+        assert run(latents, tmp_path / "out", server, **prices) == summary
+    assert len(server.asked) == 12
+
+
+def test_half_of_a_surrogate_pair_in_an_answer_is_replaced(latents, tmp_path):
+    with serve(lambda _: "[[3]] [[half \ud800]]") as server:
+        run(latents, tmp_path / "asked", server, count=1)
+    (row,) = scores(tmp_path / "asked")
+    assert row["name"] == "half \ufffd"
+    line = {"id": f"score-{row['latent']}", "answer": "[[3]] [[half \ud800]]"}
+    (tmp_path / "given.jsonl").write_text(json.dumps(line))
+    run(latents, tmp_path / "given", judge="none", count=1, answers=[str(tmp_path / "given.jsonl")])
+    assert scores(tmp_path / "given")[0]["name"] == "half \ufffd"
+
+
+def test_prompts_that_are_always_refused_do_not_block_the_rest(latents, tmp_path):
+    bad = {score_prompt(n, Results(latents).contexts_of([n])[n]).user for n in choose(qualifying(latents), 12, 42)[::3]}
+
+    def answer(body):
+        return (
+            Reply(b"refused", 400) if question(body) in bad else "[[1]]" if "Pattern" in question(body) else good(body)
+        )
+
+    with serve(answer) as server:
+        assert run(latents, tmp_path / "out", server, concurrency=1)["scored"] == 8
+        summary = run(latents, tmp_path / "out", server, detection=True, concurrency=1)
+    assert summary["detection"]["scored"] == summary["detection"]["prompts"] == 8
+    assert summary["detection"]["too_few_contexts"] == 0
+
+
+def qualifying(latents):
+    return Results(latents).active_in_dialogues(SHOWN)
+
+
+def test_an_endpoint_that_refuses_all_prompts_is_given_up(latents, tmp_path):
+    given_up = pytest.raises(EndpointError, match=r"3 prompts in a row.*unsupported parameter")
+    with serve(lambda _: Reply(b"unsupported parameter", 400)) as server, given_up:
+        run(latents, tmp_path / "out", server, concurrency=1)
+    assert len(server.asked) == 3
+
+
+def test_what_was_never_sent_costs_nothing(latents, tmp_path):
+    with serve(good) as server:
+        pass
+    with pytest.raises(EndpointError, match="no connection"):
+        run(latents, tmp_path / "out", server, price_in=1, price_out=1, retries=1)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["cost"] == 0
+
+
+def test_a_response_that_can_not_be_decoded_is_tried_again(latents, tmp_path):
+    broken = iter([Reply(b"no gzip", headers=(("Content-Encoding", "gzip"),))])
+    with serve(lambda body: next(broken, None) or good(body)) as server:
+        assert run(latents, tmp_path / "out", server)["scored"] == 12
+    assert len(server.asked) == 13
+
+
+def test_a_stop_does_not_wait_for_those_that_wait(latents, tmp_path):
+    replies = iter([Reply(b"later", 429, headers=(("Retry-After", "60"),)), Reply(b"no", 401, after=0.2)])
+    with serve(lambda _: next(replies)) as server, pytest.raises(EndpointError, match="401"):
+        run(latents, tmp_path / "out", server, concurrency=2)
+    assert time.monotonic() - server.times[-1] < 30  # it would be 60
+
+
+def test_contexts_that_the_judge_has_seen_word_by_word_are_no_test_of_it(latents):
+    results = Results(latents)
+    contexts = results.contexts_of([7])[7]
+    repeated = contexts[:SHOWN] + [{**row, "text": contexts[0]["text"]} for row in contexts[SHOWN:]]
+    assert detection_prompt(7, "a name", repeated, results.windows(), 3) is None
+    twins = contexts[:SHOWN] + [{**row, "text": "twin" if n % 2 else "other"} for n, row in enumerate(contexts[SHOWN:])]
+    assert Counter(detection_prompt(7, "a name", twins, results.windows(), 3).active) == {True: 2, False: 5}
+
+
+def test_the_estimate_is_told_before_anything_is_sent(latents, tmp_path):
+    class Told(Silent):
+        lines: list
+
+        def say(self, text):
+            self.lines.append((len(server.asked), text))
+
+    told = Told()
+    told.lines = []
+    with serve(lambda body: "[[1]]" if "Pattern" in question(body) else good(body)) as server:
+        given = {"latents": str(latents), "judge_url": server.url, "judge_model": "m", "count": 12, "detection": True}
+        judge(from_mapping(JudgeConfig, {**given, "price_in": 1, "price_out": 1}, "test"), tmp_path / "out", told)
+    ((asked, line),) = told.lines
+    assert asked == 0
+    assert line.startswith("24 prompts, about ")
+    estimate = int(line.split("about ")[1].split(" tokens")[0].replace(",", ""))
+    sent = sum(len(message["content"].encode()) for body in server.asked for message in body["messages"])
+    assert estimate == pytest.approx(sent / 2.5, rel=0.05)
+
+
+def test_other_tables_or_other_words_are_other_prompts(tmp_path, monkeypatch):
+    folder = make_results(tmp_path / "latents", 10)
+    with serve(good) as server:
+        run(folder, tmp_path / "out", server)
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "WORDING", "other words")
+            with pytest.raises(MismatchError, match="wording"):
+                run(folder, tmp_path / "out", server)
+        shutil.rmtree(folder)
+        make_results(folder, 10, word="other")
+        with pytest.raises(MismatchError, match="results_fingerprint"):
+            run(folder, tmp_path / "out", server)
+
+
+def test_tokens_without_a_tokenizer_are_not_judged(tmp_path):
+    folder = make_results(tmp_path / "latents", 10)
+    write_json_atomic(folder / "about.json", {**read_json(folder / "about.json"), "readable": False})
+    with pytest.raises(InputError, match="no judge can read"):
+        run(folder, tmp_path / "out", judge="none")

@@ -17,7 +17,7 @@ from fastcache.stages.interpret.judge.tables import SCHEMA
 from fastcache.stages.interpret.results import Results
 
 
-def judged(folder, method, scores, judge="a-judge"):
+def judged(folder, method, scores, judge="a-judge", **sae):
     """As `interpret judge` leaves it, of an SAE of this data method."""
     results = Results(make_results(folder / "latents", 40, trained_on=method))
     out = folder / "judge"
@@ -26,7 +26,7 @@ def judged(folder, method, scores, judge="a-judge"):
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out / "scores.parquet")
     shares = {str(each): scores.count(each) / len(scores) for each in range(1, 6)}
     summary = {
-        "sae": results.about["sae"], "judge": judge, "qualifying": 30, "chosen": len(scores), "scored": len(scores),
+        "sae": {**results.about["sae"], **sae}, "judge": judge, "qualifying": 30, "chosen": len(scores), "scored": len(scores),
         "failures": {}, "shares": shares, "mean": sum(scores) / len(scores), "share_4_5": shares["4"] + shares["5"],
         "detection": {"mean": None, "scored": 0, "failures": {}}, "requests": 9, "cost": None,
     }  # fmt: skip
@@ -73,6 +73,16 @@ def test_the_page_shows_shares_and_distributions(three, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "80.0%" in shown
     assert "4 of 4" in shown
+
+
+def test_saes_that_differ_in_more_than_the_method_are_told_apart(three, tmp_path):
+    compare(config(three, tmp_path))
+    assert "topk" not in (page := (tmp_path / "page.html").read_text())
+    assert "of different SAEs" not in page
+    compare(config([*three, judged(tmp_path / "more", "fast", [2, 3], architecture="topk")], tmp_path))
+    page = (tmp_path / "page.html").read_text()
+    assert page.count(">topk<") >= 3  # the table, the bar, the title of its distribution
+    assert "of different SAEs" in page
 
 
 def test_the_interval_is_wilsons():

@@ -15,6 +15,7 @@ LOWEST = -12
 """Bins are of log2 of the activation, one a doubling, from 2^-12 up; what is below or above is in the first or last."""
 
 NOWHERE = -1
+HIGHEST = torch.finfo(torch.float16).max
 
 WINDOWS = 64
 """Drawn, each of another dialogue."""
@@ -56,7 +57,7 @@ class Contexts:
         self.dialogue[latents, places] = dialogue
         self.position[latents, places] = positions.int()
         around = acts[rows.clamp(0, len(acts) - 1), latents[:, None]] * inside
-        self.around[latents, places] = around.half() + 0  # 0, not -0
+        self.around[latents, places] = around.clamp(max=HIGHEST).half() + 0  # 0, not -0
 
 
 def window_dialogues(n_instances: int, seed: int) -> dict[int, int]:

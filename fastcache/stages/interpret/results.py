@@ -1,7 +1,9 @@
 """What `fastcache interpret` leaves behind, for those who go on with it: judge and dashboard."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,12 @@ class Results:
         self.about = read_json(folder / ABOUT_FILE)
         require_fields(self.about, {"sae": dict, "top": int, "window": int}, folder / ABOUT_FILE)
         self.d_sae: int = self.about["sae"]["d_sae"]
-        self.fingerprint = fingerprint(self.about)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that the tables hold."""
+        names = (LATENTS_FILE, CONTEXTS_FILE, WINDOWS_FILE)
+        return fingerprint([self.about, *(_sha256(self.folder / name) for name in names)])
 
     def latents(self, columns: Sequence[str] | None = None) -> pa.Table:
         """A line for each latent, in their order."""
@@ -78,6 +85,11 @@ class Results:
     def _read(self, name: str, **how: Any) -> pa.Table:
         with _readable(self.folder / name):
             return pq.read_table(self.folder / name, **how)
+
+
+def _sha256(path: Path) -> str:
+    with _readable(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

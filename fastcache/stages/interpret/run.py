@@ -57,9 +57,15 @@ def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: boo
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return
         collected = _collect(config, cache, sae.to(device), info["hook_point"], out / STATE_FILE, progress)
-        texts = Texts(cache, known_tokenizer(identity, config.model, config.trust_remote_code))
+        tokenizer = known_tokenizer(identity, config.model, config.trust_remote_code)
+        if tokenizer is None:
+            progress.say(
+                "The model's tokenizer isn't at hand (--model says where it is): tokens are shown by their numbers."
+            )
+        texts = Texts(cache, tokenizer)
         progress.say("Writing contexts and latents")
-        write_json_atomic(out / ABOUT_FILE, _about(config, cache, info, collected))
+        about = _about(config, cache, info, collected)
+        write_json_atomic(out / ABOUT_FILE, {**about, "readable": tokenizer is not None})
         write_contexts(out / CONTEXTS_FILE, collected, texts)
         write_windows(out / WINDOWS_FILE, collected, config.window, texts)
         columns = latent_columns(collected, TOKEN_SETS)

@@ -18,7 +18,7 @@ LATENTS_TOGETHER = 1024
 
 _SHOWN: list[tuple[str, Any]] = [
     ("dialogue", pa.int32()), ("corpus_row", pa.int64()), ("position", pa.int32()), ("start", pa.int32()),
-    ("tokens", pa.list_(pa.string())), ("token_types", pa.list_(pa.uint8())),
+    ("text", pa.string()), ("tokens", pa.list_(pa.string())), ("token_types", pa.list_(pa.uint8())),
 ]  # fmt: skip
 WINDOW_SCHEMA = pa.schema([("window", pa.int32()), *_SHOWN])
 _ranked = pa.list_(pa.struct([("index", pa.int32()), ("value", pa.float32())]))
@@ -38,23 +38,32 @@ class Texts:
         """`tokenizer` None: tokens are shown by their numbers."""
         self._cache, self._tokenizer = cache, tokenizer
         self._pieces: dict[int, str] = {}
+        self._before = tokenizer("a", add_special_tokens=False)["input_ids"] if tokenizer else []
 
     def piece(self, token: int) -> str:
-        """A token's text."""
+        """A token's text, as it is behind another: some decoders take the space from a first token."""
         if token not in self._pieces:
-            self._pieces[token] = self._tokenizer.decode([token]) if self._tokenizer else str(token)
+            before = self._decode(self._before)
+            self._pieces[token] = self._decode([*self._before, token])[len(before) :]
         return self._pieces[token]
+
+    def _decode(self, tokens: list[int]) -> str:
+        if self._tokenizer is None:
+            return " ".join(map(str, tokens))
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def window(self, dialogue: int, position: int, window: int) -> dict[str, Any]:
         """Pieces and types of the tokens around a position."""
         instance = self._cache.instance(dialogue)
         start, stop = max(0, position - window), min(len(instance), position + window + 1)
+        tokens = instance.token_ids[start:stop].tolist()
         return {
             "dialogue": dialogue,
             "corpus_row": instance.instance_id,
             "position": position,
             "start": start,
-            "tokens": [self.piece(token) for token in instance.token_ids[start:stop].tolist()],
+            "text": self._decode(tokens),
+            "tokens": [self.piece(token) for token in tokens],
             "token_types": instance.token_types[start:stop].tolist(),
         }
 

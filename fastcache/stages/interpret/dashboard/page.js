@@ -54,9 +54,9 @@ function load(number) {
     waiting.set(number, [{ resolve, reject }]);
     const source = `data/latents-${String(number).padStart(5, "0")}.js`;
     const script = element("script", { src: source });
-    script.onload = () => script.remove();
-    script.onerror = () => {
-      for (const each of waiting.get(number) ?? []) each.reject(new Error(`${source} can't be loaded; it should lie beside this page.`));
+    // A whole file has called fastcacheLatents by the time it is loaded.
+    script.onload = script.onerror = () => {
+      for (const each of waiting.get(number) ?? []) each.reject(new Error(`${source} can't be loaded; it should lie, whole, beside this page.`));
       waiting.delete(number);
       script.remove();
     };
@@ -113,13 +113,14 @@ function drawRows() {
   const rows = [];
   for (let place = first; place < last; place++) rows.push(row(place));
   at("rows").replaceChildren(...rows);
-  if (shown.length) list.setAttribute("aria-activedescendant", `row-${shown[chosen]}`);
+  if (chosen >= first && chosen < last) list.setAttribute("aria-activedescendant", `row-${shown[chosen]}`);
   else list.removeAttribute("aria-activedescendant");
 }
 
 function row(place) {
   const latent = shown[place], density = columns.density_all[latent], score = columns.score?.[latent];
-  const made = element("div", { id: `row-${latent}`, className: density ? "row" : "row dead", role: "option", "aria-selected": String(place === chosen) },
+  const made = element("div", { id: `row-${latent}`, className: density ? "row" : "row dead", role: "option",
+    "aria-selected": String(place === chosen), "aria-setsize": String(shown.length), "aria-posinset": String(place + 1) },
     element("span", {}, `#${latent}`), element("span", {}, label(latent)), element("span", { className: "figure", title: "density" }, share(density)),
     element("span", { className: "figure", title: "score" }, score >= 0 ? String(score) : ""));
   made.style.top = `${place * ROW_HEIGHT}px`;
@@ -150,7 +151,9 @@ async function open(latent) {
     const records = await load(Math.floor(latent / index.perFile));
     if (opened !== latent) return;  // another was asked for meanwhile
     page.replaceChildren(...describe(latent, records[latent % index.perFile]));
+    at("said").textContent = `Latent ${latent}, ${label(latent)}`;
   } catch (error) {
+    if (opened !== latent) return;
     page.replaceChildren(element("p", {}, error.message));
   }
   page.scrollTop = 0;
@@ -225,7 +228,11 @@ function tokensOf(title, pairs) {
 function neighbours(pairs) {
   const links = pairs.map(([latent, cosine]) => {
     const link = element("button", { type: "button" }, `#${latent} ${label(latent)} (${cosine.toFixed(2)})`);
-    link.addEventListener("click", () => { open(latent); at("latent").focus(); });
+    link.addEventListener("click", () => {
+      if (shown.includes(latent)) choose(shown.indexOf(latent));
+      open(latent);
+      at("latent").focus();
+    });
     return link;
   });
   return links.length ? element("section", { className: "links" }, element("h3", {}, "Nearest decoder rows, by cosine"), ...links) : "";

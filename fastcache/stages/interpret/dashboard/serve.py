@@ -16,7 +16,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         """Refuse a page elsewhere that has its own name resolve to this machine (DNS rebinding)."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
+        host = self.headers.get("Host", "").partition(":")[0]
         if host not in ("localhost", ADDRESS):
             self.send_error(HTTPStatus.FORBIDDEN)
             return None

@@ -90,13 +90,26 @@ def by_method(summaries: list[Summary]) -> dict[str, dict[int, float]]:
 
 def _page(summaries: list[Summary]) -> str:
     scored = [summary for summary in summaries if summary["scored"]]
+    places = {method: {_place(s) for s in scored if s["sae"]["trained_on"] == method} for method in by_method(scored)}
     return page_template(Path(__file__).parent / "scores.html.j2").render(
         version=__version__,
         summaries=summaries,
         interval=interval,
-        figures=[_shares(scored), _distributions(by_method(scored))] if scored else [],
+        same_saes=len({frozenset(each) for each in places.values()}) < 2,
+        figures=[_shares(scored), _distributions(scored)] if scored else [],
         csv=CSV_FILE,
     )
+
+
+def _labels(summaries: list[Summary]) -> list[str]:
+    """Method and layer of each, and of model, architecture and size what they differ in."""
+    differ = [name for name in ("model", "architecture", "d_sae") if len({s["sae"][name] for s in summaries}) > 1]
+    return [
+        "\n".join(
+            [s["sae"]["trained_on"], f"layer {layer_of(s['sae']['hook_point'])}", *(str(s["sae"][n]) for n in differ)]
+        )
+        for s in summaries
+    ]
 
 
 def _shares(summaries: list[Summary]) -> str:
@@ -110,31 +123,24 @@ def _shares(summaries: list[Summary]) -> str:
             shares = [summary["shares"][str(score)] for summary in summaries]
             ax.bar(range(len(summaries)), shares, 0.75, bottoms, color=colour, label=str(score))
             bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
-        labels = [f"{s['sae']['trained_on']}\nlayer {layer_of(s['sae']['hook_point'])}" for s in summaries]
-        ax.set_xticks(range(len(summaries)), labels)
+        ax.set_xticks(range(len(summaries)), _labels(summaries))
         ax.set_ylabel("share of latents")
         legend_above(figure, [ax])
         return to_svg(figure)
 
 
-def _distributions(methods: dict[str, dict[int, float]]) -> str:
+def _distributions(summaries: list[Summary]) -> str:
+    """A line for each data method, apart for each architecture."""
     from fastcache.svg import METHOD_COLOURS, legend_above, page_style, panels, to_svg
 
+    architectures = list(dict.fromkeys(summary["sae"]["architecture"] for summary in summaries))
     with page_style():
-        figure, (ax,) = panels(1, 1, 5.0, 3.4)
-        for method, shares in methods.items():
-            values = [0.0, *shares.values()]
-            ax.step(
-                [*SCORES, SCORES[-1] + 1],
-                [*values[1:], 1.0],
-                where="post",
-                label=method,
-                color=METHOD_COLOURS.get(method),
-            )
-        ax.set_xlim(SCORES[0], SCORES[-1])
-        ax.set_ylim(0, 1.02)
-        ax.set_xticks(SCORES)
-        ax.set_xlabel("score")
-        ax.set_ylabel("share of latents with at most this score")
-        legend_above(figure, [ax])
+        figure, axes = panels(len(architectures), 2, 5.0, 3.4)
+        for ax, architecture in zip(axes, architectures, strict=True):
+            methods = by_method([each for each in summaries if each["sae"]["architecture"] == architecture])
+            for method, shares in methods.items():
+                ax.step(shares.keys(), shares.values(), where="post", label=method, color=METHOD_COLOURS.get(method))
+            ax.set(xlim=(SCORES[0], SCORES[-1]), ylim=(0, 1.02), xticks=SCORES, title=architecture, xlabel="score")
+            ax.set_ylabel("share of latents with at most this score")
+        legend_above(figure, axes)
         return to_svg(figure)

@@ -1,20 +1,21 @@
 """Asking an OpenAI-compatible endpoint: several requests at a time, failures tried again, and never more than was allowed."""
 
 import asyncio
-import os
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastcache.errors import BudgetError, EndpointError, FastcacheError, InputError
 from fastcache.extras import require_packages
 from fastcache.files import parse_json
 from fastcache.progress import Progress, Task
 from fastcache.stages.interpret.config import JudgeConfig
-from fastcache.stages.interpret.judge.log import AnswerLog, text_of
+from fastcache.stages.interpret.judge.keys import Key, check_address
+from fastcache.stages.interpret.judge.log import AnswerLog
 from fastcache.stages.interpret.judge.prompts import Prompt
 from fastcache.stages.interpret.judge.requests import Costs, request_body
+from fastcache.stages.interpret.judge.responses import text_of
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before a request is sent again, doubled each time."""
@@ -26,7 +27,6 @@ OF_THE_PROMPT = frozenset({400, 413, 422})
 """Of requests that won't, such as for a prompt that is too long; all others, such as for a wrong key, hold for every prompt."""
 SHOWN = 300
 """Characters of a response, in an error."""
-LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class _FailedError(Exception):
@@ -39,31 +39,13 @@ class _FailedError(Exception):
         self.reason, self.body, self.again, self.wait, self.may_cost = reason, body, again, wait, may_cost
 
 
-def key_of(config: JudgeConfig) -> str:
-    """The endpoint's key, or nothing; raises `InputError` for one that no header can hold."""
-    key = os.environ.get(config.judge_key_env, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(f"The key in {config.judge_key_env} has characters that a key can't have. Set it again.")
-    return key
-
-
 def check_endpoint(config: JudgeConfig) -> None:
-    """Raise `InputError` for an address or a key that can't be used, or that a key would go to unencrypted."""
+    """Raise `InputError` for an address or a key that can't be used."""
     require_packages("A judge", "judge", "httpx2")
-    if not (config.judge_url and config.judge_model):
-        raise InputError(
-            "A judge needs --judge-url and --judge-model; --judge none writes the prompts to a file instead."
-        )
-    url = urlsplit(config.judge_url)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise InputError(f"--judge-url should begin with https:// or http://, found {url.scheme or 'no'} scheme.")
-    if url.username or url.password:
-        raise InputError(f"--judge-url must hold no password; put the key into the variable {config.judge_key_env}.")
-    if url.scheme == "http" and url.hostname not in LOCAL and key_of(config):
-        raise InputError(
-            f"--judge-url {url.scheme}://{url.hostname}: the key in {config.judge_key_env} would be sent unencrypted. "
-            "Use https, or name an unset variable by --judge-key-env where the endpoint needs no key."
-        )
+    if not config.judge_url:
+        raise InputError("A judge needs --judge-url; --judge none writes the prompts to a file instead.")
+    Key(config)
+    check_address(config)
 
 
 class Endpoint:
@@ -73,8 +55,9 @@ class Endpoint:
         """Raises what `check_endpoint` and `Costs` raise."""
         check_endpoint(config)
         self._config, self._log, self._costs = config, log, Costs(config)
-        self._key = key_of(config)
+        self._key = Key(config)
         self._stop: FastcacheError | None = None
+        self._stopped = asyncio.Event()
         self._failed_in_a_row = self._n_failed = 0
 
     def ask(self, prompts: Sequence[Prompt], progress: Progress) -> int:
@@ -92,8 +75,12 @@ class Endpoint:
     async def _ask(self, prompts: Iterator[Prompt], task: Task) -> None:
         import httpx2
 
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        client = httpx2.AsyncClient(headers=headers, timeout=self._config.timeout)
+        client = httpx2.AsyncClient(
+            headers=self._key.headers,
+            timeout=httpx2.Timeout(self._config.timeout, pool=None),
+            limits=httpx2.Limits(max_connections=self._config.concurrency),
+            trust_env=str(self._config.judge_url).startswith("https"),  # a proxy would see the key of plain http
+        )
 
         async def work() -> None:
             for prompt in prompts:  # shared: each takes the next
@@ -116,21 +103,28 @@ class Endpoint:
                 return
             except _FailedError as failure:
                 if not failure.again or attempt == self._config.retries:
-                    self._give_up(prompt, failure.reason)
+                    self._give_up(prompt, failure)
                     return
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(max(wait, failure.wait))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopped.wait(), max(wait, failure.wait))
             except FastcacheError as error:
-                self._stop = self._stop or error
+                self._end(error)
 
-    def _give_up(self, prompt: Prompt, reason: str) -> None:
+    def _end(self, error: FastcacheError) -> None:
+        self._stop = self._stop or error
+        self._stopped.set()
+
+    def _give_up(self, prompt: Prompt, failure: _FailedError) -> None:
         self._n_failed += 1
-        self._failed_in_a_row += 1
+        if failure.again or not self._log.answers:  # one that is refused for itself says nothing of the endpoint
+            self._failed_in_a_row += 1
         if self._failed_in_a_row >= GIVES_UP_AFTER:
-            self._stop = self._stop or EndpointError(
+            error = EndpointError(
                 f"The judge at {self._config.judge_url} failed for {self._failed_in_a_row} prompts in a row, the last "
-                f"{prompt.name}: {reason}. All answers so far are kept: run the command again to go on."
+                f"{prompt.name}: {failure.reason}. All answers so far are kept: run the command again to go on."
             )
+            self._end(error)
 
     async def _request(self, client: Any, prompt: Prompt) -> None:
         """One request; raises `_FailedError`, and `EndpointError` and `BudgetError` for what won't pass."""
@@ -149,8 +143,7 @@ class Endpoint:
         except ValueError as error:
             self._log.failed(number, prompt, reserved, str(error), text)
             raise _FailedError(str(error)) from error
-        cost = self._costs.of_usage(body.get("usage"))
-        self._log.answered(number, prompt, reserved if cost is None else cost, answer, body)
+        self._log.answered(number, prompt, self._costs.of_response(prompt, body), answer, body)
 
     def _reserve(self, prompt: Prompt) -> float:
         config, reserved = self._config, self._costs.at_most(prompt)
@@ -163,18 +156,20 @@ class Endpoint:
         return reserved
 
     async def _send(self, client: Any, prompt: Prompt) -> str:
-        """The response's text; `_key` is in none of what this gives or raises."""
+        """The response's text; the key is in none of what this gives or raises."""
         import httpx2
 
         address = f"{str(self._config.judge_url).rstrip('/')}/chat/completions"
         try:
             response = await client.post(address, json=request_body(self._config, prompt))
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise _FailedError(f"no connection ({self._key.hidden(str(error))})") from error
         except httpx2.TimeoutException as error:
             raise _FailedError(f"no answer in {self._config.timeout:g} s", may_cost=True) from error
-        except httpx2.TransportError as error:
-            reason = self._hidden(str(error)) or type(error).__name__
-            raise _FailedError(f"no connection ({reason})", may_cost=True) from error
-        text, status = self._hidden(response.text), response.status_code
+        except httpx2.RequestError as error:
+            reason = self._key.hidden(str(error)) or type(error).__name__
+            raise _FailedError(f"the connection broke ({reason})", may_cost=True) from error
+        text, status = self._key.hidden(response.text), response.status_code
         if status == httpx2.codes.OK:
             return text
         if status >= httpx2.codes.INTERNAL_SERVER_ERROR or status in FOR_NOW:
@@ -185,12 +180,6 @@ class Endpoint:
             f"The judge at {self._config.judge_url} refused the request of {prompt.name}: status {status}, {text[:SHOWN]}. All "
             "answers so far are kept."
         )
-
-    def _hidden(self, text: str) -> str:
-        """`text`, should a server send the key back, without it; JSON may write a slash as \\/."""
-        for form in (self._key, self._key.replace("/", "\\/")):
-            text = text.replace(form, "[key]") if form else text
-        return text
 
 
 def _seconds(header: str | None) -> float:

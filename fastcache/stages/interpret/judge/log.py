@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastcache.errors import FormatError, InputError
-from fastcache.files import parse_json, read_json_lines, write_bytes_atomic
+from fastcache.errors import FormatError
+from fastcache.files import read_json_lines, write_bytes_atomic
 from fastcache.stages.interpret.judge.prompts import Prompt
+from fastcache.stages.interpret.judge.responses import TOKENS, usage_of
 
 LOG_FILE = "answers.jsonl"
 Entry = dict[str, Any]
@@ -20,7 +21,7 @@ class AnswerLog:
         self._path = folder / LOG_FILE
         self._costs: list[float] = []
         self.answers: dict[str, str] = {}
-        self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
+        self.usage = dict.fromkeys(TOKENS, 0)
         entries = read_json_lines(self._path)
         write_bytes_atomic(self._path, b"".join(map(_line, entries)))  # without a line that a killed run tore
         for entry in entries:
@@ -53,16 +54,16 @@ class AnswerLog:
     def answered(self, number: int, prompt: Prompt, cost: float, text: str, body: Entry) -> None:
         """Note the answer, and the response that it is from."""
         entry = {"event": "answered", "request": number, "id": prompt.name, "cost": cost, "text": text}
-        self._add({**entry, "body": body, "usage": body.get("usage") or {}})
+        self._add({**entry, "body": body, "usage": usage_of(body)})
 
     def imported(self, name: str, text: str, source: str) -> None:
         """Note an answer that was got elsewhere."""
         self._add({"event": "imported", "id": name, "text": text, "from": source})
 
     def _add(self, entry: Entry) -> None:
+        self._take(entry)  # first: what can't be read again isn't written
         with self._path.open("ab") as file:
             file.write(_line(entry))
-        self._take(entry)
 
     def _take(self, entry: Entry) -> None:
         try:
@@ -73,8 +74,8 @@ class AnswerLog:
             if "text" in entry:
                 self.answers.setdefault(entry["id"], entry["text"])
             for name in self.usage:
-                self.usage[name] += entry.get("usage", {}).get(name) or 0
-        except (KeyError, IndexError, TypeError) as error:
+                self.usage[name] += entry.get("usage", {}).get(name, 0)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise FormatError(
                 f"{self._path}: a line isn't one of the judge's ({error!r}). The file is damaged."
             ) from error
@@ -82,44 +83,3 @@ class AnswerLog:
 
 def _line(entry: Entry) -> bytes:
     return (json.dumps(entry, allow_nan=False) + "\n").encode()
-
-
-def text_of(body: Any) -> str:
-    """What the model said in a chat completion's response; raises `ValueError` for anything else."""
-    try:
-        text = body["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError("the response is no chat completion") from None
-    if not isinstance(text, str | None):
-        raise ValueError("the response's content is no text")
-    return (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no text
-
-
-def read_answers(path: Path, known: set[str]) -> list[tuple[str, str]]:
-    """Names of prompts, and answers, of a file of batch results or of lines {"id": ..., "answer": ...}.
-
-    Raises `InputError`, and takes none, where a line is neither or answers no prompt of `known`. Failed ones are left out.
-    """
-    if not path.is_file():
-        raise InputError(f"--answers {path}: there is no such file.")
-    found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        value = parse_json(line, where)
-        name = value.get("custom_id", value.get("id")) if isinstance(value, dict) else None
-        if name not in known:
-            raise InputError(
-                f"{where} answers {name!r}, which is no prompt of these latents. Nothing was taken from it."
-            )
-        if "answer" in value:
-            found.append((name, value["answer"]))
-        elif (value.get("response") or {}).get("status_code") == 200:
-            try:
-                found.append((name, text_of(value["response"].get("body"))))
-            except ValueError as error:
-                raise InputError(f"{where}: {error}.") from error
-    if bad := [name for name, text in found if not isinstance(text, str)]:
-        raise InputError(f"{path}: the answer to {bad[0]} should be a text. Nothing was taken from it.")
-    return found

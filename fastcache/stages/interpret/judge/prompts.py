@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastcache.files import fingerprint
 from fastcache.stages.interpret.results import Row
 
 SHOWN = 5
@@ -67,6 +68,10 @@ class Prompt:
         return len(self.system.encode()) + len(self.user.encode())
 
 
+WORDING = fingerprint([_SCORE, _DETECT])
+"""Of what every prompt begins with: answers to other words are answers to something else."""
+
+
 def choose(latents: Sequence[int], count: int, seed: int) -> list[int]:
     """`count` of them, drawn by `seed`; a larger `count` draws the same ones and more."""
     return np.random.default_rng(seed).permutation(np.asarray(latents, np.int64))[:count].tolist()
@@ -94,27 +99,32 @@ def _quoted(text: str) -> str:
 def detection_prompt(
     latent: int, name: str, contexts: Sequence[Row], silent: Sequence[Row], seed: int
 ) -> Prompt | None:
-    """Mix contexts of dialogues that the judge hasn't seen, active ones of all strengths among `silent` ones.
+    """Mix contexts of dialogues and texts that the judge hasn't seen, active ones of all strengths among `silent` ones.
 
     None where there are too few.
     """
     generator = np.random.default_rng([seed, latent])
-    seen = {row["dialogue"] for row in _shown(contexts)}
+    shown = _shown(contexts)
     # Drawn ones, which are of all strengths, come last in the tables.
-    active = _of_different_dialogues(row for row in reversed(contexts) if row["dialogue"] not in seen)[:OTHERS]
-    others = [row for row in silent if row["dialogue"] not in seen]
+    active = _different(reversed(contexts), shown)[:OTHERS]
+    others = _different(silent, [*shown, *active])
     chosen = [others[place] for place in generator.permutation(len(others))[:OTHERS]]
     if min(len(active), len(chosen)) < FEWEST:
         return None
     mixed = [(row, True) for row in active] + [(row, False) for row in chosen]
     mixed = [mixed[place] for place in generator.permutation(len(mixed))]
-    texts = [f"{number}: {_quoted(''.join(row['tokens']))}" for number, (row, _) in enumerate(mixed, 1)]
+    texts = [f"{number}: {_quoted(row['text'])}" for number, (row, _) in enumerate(mixed, 1)]
     user = f"Pattern: {_quoted(name)}\n\n" + "\n".join(texts)
     return Prompt(latent, "detection", _DETECT, user, tuple(is_active for _, is_active in mixed))
 
 
-def _of_different_dialogues(rows: Iterable[Row]) -> list[Row]:
-    found: dict[int, Row] = {}
+def _different(rows: Iterable[Row], from_these: Sequence[Row]) -> list[Row]:
+    """Those of other dialogues and other texts, of one another too: what a template says is the same in all dialogues."""
+    dialogues, texts = ({row[name] for row in from_these} for name in ("dialogue", "text"))
+    found = []
     for row in rows:
-        found.setdefault(row["dialogue"], row)
-    return list(found.values())
+        if row["dialogue"] not in dialogues and row["text"] not in texts:
+            found.append(row)
+            dialogues.add(row["dialogue"])
+            texts.add(row["text"])
+    return found

@@ -12,16 +12,23 @@ from fastcache.rundir import output_directory
 from fastcache.stages.interpret.config import JUDGE_FREE_ON_RESUME, JudgeConfig
 from fastcache.stages.interpret.judge.answers import UnparsedError, parse_score
 from fastcache.stages.interpret.judge.endpoint import Endpoint, check_endpoint
-from fastcache.stages.interpret.judge.log import LOG_FILE, AnswerLog, read_answers
-from fastcache.stages.interpret.judge.prompts import SHOWN, Prompt, choose, detection_prompt, score_prompt
-from fastcache.stages.interpret.judge.requests import Costs, request_body
+from fastcache.stages.interpret.judge.log import LOG_FILE, AnswerLog
+from fastcache.stages.interpret.judge.prompts import (
+    SHOWN,
+    WORDING,
+    Prompt,
+    choose,
+    detection_prompt,
+    score_prompt,
+)
+from fastcache.stages.interpret.judge.requests import BYTES_OF_TOKEN, Costs, request_body
+from fastcache.stages.interpret.judge.responses import read_answers
 from fastcache.stages.interpret.judge.tables import SCORE_FILES, Judged, write_scores
 from fastcache.stages.interpret.results import Results
 
 PROMPTS_FILE = "prompts.jsonl"
 OWNED = (LOG_FILE, PROMPTS_FILE, *SCORE_FILES)
-BYTES_OF_TOKEN = 4
-"""About, for the estimate of tokens."""
+USUAL_NAME = "words for the months of a year"
 
 
 def judge(config: JudgeConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
@@ -32,6 +39,11 @@ def judge(config: JudgeConfig, out: Path, progress: Progress, fresh: bool = Fals
     """
     _check(config)
     results = Results(Path(config.latents))
+    if not results.about.get("readable"):
+        raise InputError(
+            f"{results.folder} shows tokens by their numbers, which no judge can read. Run `fastcache interpret` again with "
+            "--fresh, and with --model where the tokenizer isn't found."
+        )
     qualifying = results.active_in_dialogues(SHOWN)
     if not qualifying:
         raise InputError(
@@ -39,17 +51,19 @@ def judge(config: JudgeConfig, out: Path, progress: Progress, fresh: bool = Fals
         )
     chosen = choose(qualifying, config.count, config.seed)
     answers = _given_answers(config, chosen)
-    settings = {**as_dict(config), "results_fingerprint": results.fingerprint}
+    settings = {**as_dict(config), "results_fingerprint": results.fingerprint, "wording": WORDING}
     with output_directory(out, "interpret judge", settings, OWNED, free=JUDGE_FREE_ON_RESUME, fresh=fresh):
         log = AnswerLog(out)
         _import(log, answers, progress)
         rounds = Rounds(results, config, chosen, log)
+        if config.judge == "api" and (ahead := rounds.ahead()):
+            progress.say(_estimate(config, ahead))
         try:
             for prompts in rounds:
                 if config.judge == "api":
                     _ask(config, log, prompts, progress)
         finally:
-            judged = Judged(results.about, config, len(qualifying), rounds.prompts, log)
+            judged = Judged(results.about, config, len(qualifying), rounds.prompts, rounds.n_too_few, log)
             summary = write_scores(out, judged)
         if config.judge == "none":
             lines = [_batch_line(config, prompt) for prompt in rounds.prompts if prompt.name not in log.answers]
@@ -58,6 +72,8 @@ def judge(config: JudgeConfig, out: Path, progress: Progress, fresh: bool = Fals
 
 
 def _check(config: JudgeConfig) -> None:
+    if not config.judge_model:
+        raise InputError("--judge-model is needed: the judge's name, which stands in every request.")
     if config.judge == "api":
         check_endpoint(config)
         if config.answers:
@@ -65,14 +81,14 @@ def _check(config: JudgeConfig) -> None:
     Costs(config)
 
 
-def _given_answers(config: JudgeConfig, chosen: Sequence[int]) -> dict[str, list[tuple[str, str]]]:
+def _given_answers(config: JudgeConfig, chosen: Sequence[int]) -> dict[str, dict[str, str]]:
     known = {f"{kind}-{latent}" for kind in ("score", "detection") for latent in chosen}
     return {path: read_answers(Path(path), known) for path in config.answers}
 
 
-def _import(log: AnswerLog, answers: dict[str, list[tuple[str, str]]], progress: Progress) -> None:
+def _import(log: AnswerLog, answers: dict[str, dict[str, str]], progress: Progress) -> None:
     for path, found in answers.items():
-        new = {name: text for name, text in reversed(found) if name not in log.answers}  # of two, the first
+        new = {name: text for name, text in found.items() if name not in log.answers}
         for name, text in new.items():
             log.imported(name, text, path)
         progress.say(f"{path}: {len(new):,} new answers")
@@ -83,27 +99,36 @@ class Rounds:
 
     def __init__(self, results: Results, config: JudgeConfig, chosen: Sequence[int], log: AnswerLog) -> None:
         """For the `chosen` latents."""
-        self._results, self._config, self._log = results, config, log
+        self._config, self._log = config, log
         self._contexts = results.contexts_of(chosen)
+        self._windows = results.windows() if config.detection else []
+        self._silent = results.latents(["silent_windows"])["silent_windows"] if config.detection else []
         self.prompts = [score_prompt(latent, self._contexts[latent]) for latent in chosen]
+        self.n_too_few = 0
+        """Named latents that have too few contexts for detection."""
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         """Each round's, made when the one before was answered."""
         yield list(self.prompts)
         if self._config.detection:
-            found = self._detection()
+            named = [(latent, name) for latent in self._contexts if (name := self._name(latent))]
+            found = [prompt for latent, name in named if (prompt := self._detection(latent, name))]
+            self.n_too_few = len(named) - len(found)
             self.prompts += found
             yield found
 
-    def _detection(self) -> list[Prompt]:
-        windows = self._results.windows()
-        silent = self._results.latents(["silent_windows"])["silent_windows"]
-        found = []
-        for latent in list(self._contexts):
-            if name := self._name(latent):
-                others = [windows[number] for number in silent[latent].as_py()]
-                found.append(detection_prompt(latent, name, self._contexts[latent], others, self._config.seed))
-        return [prompt for prompt in found if prompt]
+    def ahead(self) -> list[Prompt]:
+        """All that is still to be asked, as far as it can be known: detection with a name of usual length."""
+        found = list(self.prompts)
+        for latent in self._contexts if self._config.detection else ():
+            name = self._name(latent) if f"score-{latent}" in self._log.answers else USUAL_NAME
+            if name and (prompt := self._detection(latent, name)):
+                found.append(prompt)
+        return [prompt for prompt in found if prompt.name not in self._log.answers]
+
+    def _detection(self, latent: int, name: str) -> Prompt | None:
+        silent = [self._windows[number] for number in self._silent[latent].as_py()]
+        return detection_prompt(latent, name, self._contexts[latent], silent, self._config.seed)
 
     def _name(self, latent: int) -> str | None:
         try:
@@ -116,7 +141,6 @@ def _ask(config: JudgeConfig, log: AnswerLog, prompts: list[Prompt], progress: P
     todo = [prompt for prompt in prompts if prompt.name not in log.answers]
     if not todo:
         return
-    progress.say(_estimate(config, todo))
     try:
         failed = Endpoint(config, log).ask(todo, progress)
     except BudgetError as error:
@@ -129,12 +153,12 @@ def _ask(config: JudgeConfig, log: AnswerLog, prompts: list[Prompt], progress: P
 def _estimate(config: JudgeConfig, prompts: Sequence[Prompt]) -> str:
     """What is about to be asked, and its cost where the prices are known."""
     costs = Costs(config)
-    tokens = sum(prompt.n_bytes for prompt in prompts) // BYTES_OF_TOKEN
+    tokens = int(sum(prompt.n_bytes for prompt in prompts) / BYTES_OF_TOKEN)
     at_most = len(prompts) * costs.answer_tokens
     text = f"{len(prompts):,} prompts, about {tokens:,} tokens; answers of at most {at_most:,} tokens"
     if not costs.are_known:
         return text + " (--price-in and --price-out give the cost)"
-    return text + f". Cost: at most about {costs.of(tokens, at_most):.4g}, without failed requests"
+    return text + f". Cost: about {costs.of(tokens, at_most):.4g} at most, without requests that fail"
 
 
 def _batch_line(config: JudgeConfig, prompt: Prompt) -> str:

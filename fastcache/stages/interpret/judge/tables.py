@@ -39,6 +39,8 @@ class Judged:
     config: JudgeConfig
     n_qualifying: int
     prompts: Sequence[Prompt]
+    n_too_few: int
+    """Named latents with too few contexts for detection."""
     log: AnswerLog
 
 
@@ -103,7 +105,7 @@ def _summary(judged: Judged, table: pa.Table) -> dict[str, Any]:
         "share_4_5": sum(score >= 4 for score in scores) / len(scores) if scores else None,
         "detection": {
             "prompts": n_detection,
-            "too_few_contexts": len(scores) - n_detection if judged.config.detection else 0,
+            "too_few_contexts": judged.n_too_few,
             "scored": len(detection),
             "failures": _counted(table["detection_failure"].to_pylist()),
             "mean": sum(detection) / len(detection) if detection else None,
