@@ -2,11 +2,14 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import start_browser
+from judging import KEY
+from latents import add_scores, make_results, scored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
 # As the backend sets it: MKL asks once, at its first product, whichever test makes that.
@@ -15,6 +18,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastcache.assets import DEMO
+from fastcache.progress import Silent
 
 TEXT = "the cat sat on a mat while seven grey owls counted stars over the quiet northern harbour again"
 WORDS = TEXT.split()
@@ -29,6 +33,46 @@ def browser():
     """Not the session's: while it runs, this thread has an event loop, and whoever wants one of their own is refused."""
     with start_browser() as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """What `interpret` leaves, made up: latents 0 to 29; those that 5 divides are active in 4 dialogues, too few to qualify."""
+    return make_results(tmp_path_factory.mktemp("results") / "latents", 30)
+
+
+@pytest.fixture(scope="session")
+def scored_latents(tmp_path_factory):
+    """200 latents, of which 3 are dead and 3 scored; a fourth answer could not be read."""
+    results = make_results(tmp_path_factory.mktemp("dashboard") / "latents", 200, dead=(3, 77, 199))
+    rows = [scored(7, 5, "names of seas"), scored(11, 2, "nothing much"), scored(150, 4, "Zürich & <b>more</b>")]
+    add_scores(results, [*rows, {"latent": 12, "failure": "empty", "answer": ""}])
+    return results
+
+
+@pytest.fixture(scope="session")
+def dashboard(scored_latents):
+    from fastcache.stages.interpret.dashboard.build import build
+
+    return build(scored_latents, None, scored_latents / "dashboard", Silent())
+
+
+@pytest.fixture(scope="session")
+def served(dashboard):
+    from fastcache.stages.interpret.dashboard.serve import make_server
+
+    with make_server(dashboard.parent, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def quick_judge(monkeypatch):
+    """A judge is asked again at once; there is a key."""
+    monkeypatch.setattr("fastcache.stages.interpret.judge.endpoint.FIRST_WAIT", 0.001)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcache.cache_format.schema import TOKEN_SETS, TokenType, TurnRole
-from fastcache.files import write_json_atomic
+from fastcache.files import read_json, write_json_atomic
 from fastcache.stages.interpret.collect import BINS
+from fastcache.stages.interpret.judge.tables import SCHEMA
 from fastcache.stages.interpret.results import ABOUT_FILE, CONTEXTS_FILE, LATENTS_FILE, WINDOWS_FILE
 from fastcache.stages.interpret.tables import CONTEXT_SCHEMA, WINDOW_SCHEMA
 
@@ -67,3 +68,22 @@ def make_results(folder, d_sae, top=10, word="word", dead=(), trained_on="fast")
     about = {"sae": sae, "cache_fingerprint": "1" * 64, "split": "interpret", "dialogues": 500, "tokens": tokens}
     write_json_atomic(folder / ABOUT_FILE, {**about, "top": top, "window": 16, "seed": 42, "readable": True})
     return folder
+
+
+def add_scores(results, rows):
+    """As `interpret judge` leaves them."""
+    folder = results / "judge"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "scores.parquet")
+    write_json_atomic(folder / "summary.json", {"sae": read_json(results / "about.json")["sae"]})
+    return folder
+
+
+def scored(latent, score, name):
+    return {
+        "latent": latent,
+        "score": score,
+        "name": name,
+        "detection": 0.75,
+        "answer": f"Clear. [[{score}]] [[{name}]]",
+    }

@@ -1,64 +1,20 @@
 """The dashboard, used in a real browser: from a file and from its own server."""
 
-import http.client
-import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import needs_chromium, watched_page
-from latents import make_results
+from latents import add_scores, make_results, scored
 from playwright.sync_api import expect
 
 from fastcache.cache_format.schema import TOKEN_SETS
-from fastcache.errors import InputError, MismatchError
-from fastcache.files import read_json, write_json_atomic
-from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.stages.interpret.dashboard.build import build
-from fastcache.stages.interpret.dashboard.serve import make_server
-from fastcache.stages.interpret.judge.tables import SCHEMA
 
 MANY = 65_536
-
-
-def add_scores(results, rows, folder=None):
-    folder = folder or results / "judge"
-    folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "scores.parquet")
-    write_json_atomic(folder / "summary.json", {"sae": read_json(results / "about.json")["sae"]})
-    return folder
-
-
-def scored(latent, score, name):
-    return {
-        "latent": latent,
-        "score": score,
-        "name": name,
-        "detection": 0.75,
-        "answer": f"Clear. [[{score}]] [[{name}]]",
-    }
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """200 latents, of which 3 are dead and 3 scored; a fourth answer could not be read."""
-    results = make_results(tmp_path_factory.mktemp("dashboard") / "latents", 200, dead=(3, 77, 199))
-    rows = [scored(7, 5, "names of seas"), scored(11, 2, "nothing much"), scored(150, 4, "Zürich & <b>more</b>")]
-    add_scores(results, [*rows, {"latent": 12, "failure": "empty", "answer": ""}])
-    return results
-
-
-@pytest.fixture(scope="module")
-def dashboard(results):
-    return build(results, None, results / "dashboard", Silent())
 
 
 @pytest.fixture
@@ -96,8 +52,8 @@ def test_the_best_scored_latents_come_first(page):
 
 @needs_chromium
 @pytest.mark.parametrize("column", ["density_all", "density_special", "density_assistant"])
-def test_sorting_by_density_is_that_of_the_table(page, results, column):
-    values = densities(results, column)
+def test_sorting_by_density_is_that_of_the_table(page, scored_latents, column):
+    values = densities(scored_latents, column)
     expected = sorted(range(200), key=lambda latent: (-values[latent], latent))
     page.select_option("#sort", column)
     assert listed(page)[:15] == expected[:15]
@@ -142,7 +98,7 @@ def test_a_search_without_results_says_so(page):
 
 
 @needs_chromium
-def test_an_opened_latent_shows_what_the_tables_hold(page, results):
+def test_an_opened_latent_shows_what_the_tables_hold(page, scored_latents):
     page.fill("#search", "#7")
     page.click("#rows .row")
     page.wait_for_selector("#latent h2")
@@ -260,59 +216,12 @@ def test_a_file_that_fails_late_does_not_take_the_place_of_another_latent(browse
     page.close()
 
 
-@pytest.fixture(scope="module")
-def served(dashboard):
-    with make_server(dashboard.parent, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-
-
 @needs_chromium
 def test_the_server_shows_the_same_page(browser, served):
     with watched_page(browser) as page:
         page.goto(f"http://localhost:{served.server_port}/#7")
         page.wait_for_selector("#latent h2")
         assert opened(page) == "#7 names of seas"
-
-
-def ask(server, path, host=None):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
-    connection.request("GET", path, headers={"Host": host or f"localhost:{server.server_port}"})
-    response = connection.getresponse()
-    response.read()
-    return response
-
-
-def test_the_server_is_for_this_machine_and_this_folder(served):
-    assert served.server_address[0] == "127.0.0.1"
-    assert ask(served, "/").status == 200
-    assert ask(served, "/data/").status == 404
-    assert ask(served, "/../../about.json").status == 404
-    assert ask(served, "/%2e%2e/about.json").status == 404
-    assert ask(served, "/", host="localhost").status == 200  # as a browser asks at port 80
-    assert ask(served, "/", host=f"evil.example:{served.server_port}").status == 403
-    assert ask(served, "/").headers["X-Content-Type-Options"] == "nosniff"
-
-
-def test_the_command_shows_the_page_until_ctrl_c(results, dashboard):
-    words = ["dashboard", "--latents", results, "--port", 0]
-    code = "from fastcache.pipeline.cli import main; main()"
-    command = [sys.executable, "-c", code, *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        shown = next(line for line in process.stdout if "http://localhost:" in line)
-        port = int(re.search(r"localhost:(\d+)/", shown)[1])
-        with urlopen(f"http://localhost:{port}/data/index.js") as response:
-            assert response.read() == (dashboard.parent / "data" / "index.js").read_bytes()
-        process.send_signal(signal.SIGINT)
-        assert "Stopped." in process.stdout.read()
-    assert process.returncode == 0
-
-
-def test_a_taken_port_is_told(served, dashboard):
-    with pytest.raises(InputError, match="--port"):
-        make_server(dashboard.parent, served.server_port)
 
 
 @pytest.fixture(scope="module")
@@ -390,44 +299,3 @@ def test_the_policy_of_the_page_forbids_inline_script_and_network(browser, dashb
     assert page.evaluate("window.hacked") is None
     assert any("connect-src" in text or "default-src" in text for text in blocked)
     page.close()
-
-
-def test_a_finished_dashboard_is_left_and_new_scores_are_shown(results, tmp_path, capsys):
-    folder = tmp_path / "latents"
-    shutil.copytree(results, folder, ignore=shutil.ignore_patterns("dashboard", "judge"))
-    command = ["dashboard", "--latents", str(folder), "--no-serve"]
-    main(command)
-    before = (folder / "dashboard" / "index.html").stat().st_mtime_ns
-    main(command)
-    assert "is up to date" in capsys.readouterr().out
-    assert (folder / "dashboard" / "index.html").stat().st_mtime_ns == before
-    add_scores(folder, [scored(5, 3, "five")])
-    main(command)
-    contexts = pq.read_table(folder / "contexts.parquet")
-    pq.write_table(contexts.slice(1), folder / "contexts.parquet")
-    main(command)
-    assert "is up to date" not in capsys.readouterr().out
-    assert b"five" in (folder / "dashboard" / "data" / "index.js").read_bytes()
-
-
-def test_scores_of_another_sae_are_refused(results, tmp_path):
-    other = make_results(tmp_path / "other", 10)
-    folder = add_scores(other, [scored(5, 3, "five")])
-    with pytest.raises(MismatchError, match="another SAE"):
-        build(results, folder, tmp_path / "out", Silent())
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_of_other_things_is_not_touched(results, tmp_path):
-    (tmp_path / "index.html").write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
-        build(results, None, tmp_path, Silent())
-    assert (tmp_path / "index.html").read_text() == "mine"
-
-
-def test_data_files_hold_calls_of_one_function(dashboard):
-    for path in sorted((dashboard.parent / "data").glob("latents-*.js")):
-        text = path.read_text()
-        number, records = json.loads("[" + text.removeprefix("fastcacheLatents(").removesuffix(");\n") + "]")
-        assert path.name == f"latents-{number:05}.js"
-        assert len(records) == min(64, 200 - 64 * number)
