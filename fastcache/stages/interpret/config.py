@@ -98,6 +98,6 @@ class DashboardConfig:
         help="Output folder of `fastcache interpret judge`. Default: judge/ below the latents, where there is one.",
     )
     port: int = option(
-        8265, help="Port of localhost to show the page at; 0 takes a free one.", at_least=0, at_most=65535
+        8742, help="Port of localhost to show the page at; 0 takes a free one.", at_least=0, at_most=65535
     )
     serve: bool = option(True, help="Show the page until Ctrl-C; it also works as a file.")
