@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 from browser import needs_chromium, watched_page
@@ -50,6 +51,14 @@ def test_the_report_needs_nothing_from_elsewhere(demo):
     links = re.findall(r'(?:src|href)\s*=\s*"([^"#][^"]*)"', page)
     assert links == []
     assert "<script" not in page
+
+
+def test_what_to_try_next_can_be_tried(demo, tmp_path, capsys):
+    main(["demo", "--out", str(demo), "--tokens", "12_000"])
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("  fastcache interpret ")]
+    main([*shlex.split(line)[1:], "--max-instances", "5", "--out", str(tmp_path / "latents")])
+    assert (tmp_path / "latents" / "latents.parquet").is_file()
 
 
 def test_a_finished_demo_does_nothing_again(demo, capsys):
