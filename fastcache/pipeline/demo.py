@@ -12,7 +12,7 @@ from rich.console import Console
 from fastcache.assets import DEMO
 from fastcache.cache_format.schema import METHODS
 from fastcache.pipeline.console import RichProgress
-from fastcache.pipeline.run_study import REPORT_FILE, cache_folder, run_study
+from fastcache.pipeline.run_study import REPORT_FILE, cache_folder, run_study, sweep_folder
 from fastcache.pipeline.show import show_evaluations
 from fastcache.pipeline.study import read_study
 
@@ -54,7 +54,7 @@ def run_demo(out: Path, tokens: int, fresh: bool, console: Console) -> None:
 
 def _say_what_next(out: Path, progress: RichProgress) -> None:
     cache, held_out = (shlex.quote(str(cache_folder(out, "fast", split))) for split in ("train", "eval"))
-    sae = shlex.quote(str(min(out.glob("sae-fast/jumprelu-*"))))
+    sae = shlex.quote(str(min(sweep_folder(out, "fast").glob("jumprelu-*"))))
     progress.say(
         f"\nReport: {(out / REPORT_FILE).resolve()}\n"
         f"The model is a toy ({DEMO / 'README.md'}): these figures show the tool, not a finding.\n\n"
