@@ -22,7 +22,7 @@ forks.set_forkserver_preload(
 
 
 def start(function, *arguments):
-    """A process that calls `function`, of a module, and whose output is dropped."""
+    """A process that calls `function`, of a module, and whose standard output is dropped."""
     process = forks.Process(target=_call, args=(dict(os.environ), function, arguments))
     process.start()
     return process
@@ -34,7 +34,8 @@ def start_command(*words):
 
 
 def _call(environment, function, arguments):
-    os.environ.update(environment)  # that of the server is of an earlier test
+    os.environ.clear()  # that of the server is of an earlier test
+    os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     function(*arguments)
 
@@ -51,9 +52,13 @@ def kill(process):
 
 
 def wait_for(condition, process, seconds=120):
-    """Until it holds or the process has ended."""
+    """Until it holds, or the process has come to its end, though not by failing."""
     for _ in range(seconds * 200):
-        if condition() or not process.is_alive():
+        is_alive = process.is_alive()
+        if condition():
+            return
+        if not is_alive:
+            assert process.exitcode == 0
             return
         time.sleep(0.005)
     raise TimeoutError

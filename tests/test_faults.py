@@ -58,6 +58,7 @@ def leftovers(root):
 def test_killed_at_any_moment_nothing_is_lost(n, whole, tmp_path):
     root = tmp_path / "timed"
     process = start(synthetic.write, root)
+    wait_for(root.exists, process)
     begun = time.perf_counter()
     process.join()
     assert process.exitcode == 0
@@ -66,6 +67,7 @@ def test_killed_at_any_moment_nothing_is_lost(n, whole, tmp_path):
     for number in range(n):
         root = tmp_path / str(number)
         process = start(synthetic.write, root)
+        wait_for(root.exists, process)  # so that the kill falls into the writing
         time.sleep(rng.random() * duration)
         kill(process)
         parts = Log(LocalStorage(root)).records

@@ -9,7 +9,7 @@ from judging import good, run, scores
 from latents import make_results
 
 from fastcache.config import from_mapping
-from fastcache.errors import InputError, MismatchError
+from fastcache.errors import BudgetError, InputError, MismatchError
 from fastcache.files import read_json, write_json_atomic
 from fastcache.progress import Silent
 from fastcache.stages.interpret.config import JudgeConfig
@@ -85,6 +85,17 @@ def test_detection_can_be_added_later(latents, tmp_path):
         run(latents, tmp_path / "out", server)
         assert run(latents, tmp_path / "out", server, detection=True)["detection"]["scored"] == 12
     assert len(server.asked) == 24
+
+
+def test_a_stop_in_the_first_round_leaves_the_detection_of_earlier_ones(latents, tmp_path):
+    with serve(lambda body: "[[1]]" if "Pattern" in question(body) else good(body)) as server:
+        run(latents, tmp_path / "out", server, count=4, detection=True)
+        with pytest.raises(BudgetError):
+            run(latents, tmp_path / "out", server, count=12, detection=True, max_requests=9)
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert (summary["detection"]["scored"], summary["scored"]) == (4, 5)
+        assert run(latents, tmp_path / "out", server, count=5)["detection"]["scored"] == 4
+    assert len(server.asked) == 9
 
 
 def test_exported_prompts_answered_elsewhere_give_the_same_scores(latents, tmp_path):

@@ -15,6 +15,8 @@ from fastcache.errors import EndpointError
 from fastcache.stages.interpret.judge.prompts import SHOWN, choose, score_prompt
 from fastcache.stages.interpret.results import Results
 
+DEEP = b"[" * 600 + b"]" * 600
+
 pytestmark = pytest.mark.usefixtures("quick_judge")
 
 
@@ -51,7 +53,15 @@ def test_a_slow_answer_is_given_up_and_asked_for_again(latents, tmp_path):
 
 @pytest.mark.parametrize(
     "body",
-    [b"<html>busy</html>", b"", b"{}", b'{"choices": []}', b'{"choices": [{"message": {"content": [1]}}]}', b"[NaN]"],
+    [
+        b"<html>busy</html>",
+        b"",
+        b"{}",
+        b'{"choices": []}',
+        b'{"choices": [{"message": {"content": [1]}}]}',
+        b"[NaN]",
+        DEEP,
+    ],
 )
 def test_a_response_that_is_no_completion_is_kept_and_tried_again(latents, tmp_path, body):
     bad = iter([body])
@@ -60,7 +70,8 @@ def test_a_response_that_is_no_completion_is_kept_and_tried_again(latents, tmp_p
     assert summary["scored"] == 3
     assert len(server.asked) == 4
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
-    assert [line["body"] for line in lines if line["event"] == "failed"] == [body.decode()]
+    kept = [line["body"] for line in lines if line["event"] == "failed"]
+    assert kept == ["[nested too deeply to be read]" if body == DEEP else body.decode()]
 
 
 def test_a_response_that_can_not_be_decoded_is_tried_again(latents, tmp_path):

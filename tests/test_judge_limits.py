@@ -50,6 +50,13 @@ def test_the_cost_never_passes_its_limit(latents, tmp_path, limit):
     assert summary["cost"] == pytest.approx(paid)
 
 
+def test_a_gateway_that_gives_up_may_have_cost_the_answer(latents, tmp_path):
+    prices = {"price_in": 0, "price_out": 1e6 / 512, "max_cost": 2.5}
+    with serve(lambda _: Reply(b"", 504)) as server, pytest.raises(BudgetError):
+        run(latents, tmp_path / "out", server, **prices, concurrency=1)
+    assert len(server.asked) == 2
+
+
 def test_a_request_without_an_answer_counts_with_the_most_it_may_have_cost(latents, tmp_path):
     with serve(lambda body: Reply(good(body), after=0.5)) as server, pytest.raises(BudgetError):
         run(
@@ -66,6 +73,8 @@ def test_a_request_without_an_answer_counts_with_the_most_it_may_have_cost(laten
         None,
         {"prompt_tokens": "12"},
         {"prompt_tokens": -1, "completion_tokens": 5},
+        {"prompt_tokens": 10**400, "completion_tokens": 5},
+        {"prompt_tokens": True, "completion_tokens": 5},
         {"prompt_tokens": 1.5, "completion_tokens": 5},
     ],
 )
@@ -98,6 +107,10 @@ def test_what_was_never_sent_costs_nothing(latents, tmp_path):
         ({"judge_url": "http://[::1/v1"}, "no address"),
         ({"judge_url": "http://localhost:99999/v1"}, "no address"),
         ({"judge_url": "http://localhost:abc/v1"}, "no address"),
+        ({"judge_url": "http://[::1]x/v1"}, "no address"),
+        ({"judge_url": "https://loc\u2603/v1"}, "no address"),
+        ({"judge_body": '{"user": "\\ud800"}'}, "surrogate pair"),
+        ({"judge_model": "\udcff"}, "surrogate pair"),
         ({"judge_key_env": "sk-secret-key"}, "name of a variable"),
         ({"judge_url": "http://judge.example/v1"}, "unencrypted"),
         ({"judge_body": "{"}, "--judge-body"),

@@ -46,6 +46,12 @@ def check_endpoint(config: JudgeConfig) -> None:
         raise InputError("A judge needs --judge-url; --judge none writes the prompts to a file instead.")
     Key(config)
     check_address(config)
+    import httpx2
+
+    try:
+        httpx2.URL(config.judge_url)
+    except httpx2.InvalidURL as error:
+        raise InputError(f"--judge-url is no address ({error}).") from error
 
 
 class Endpoint:
@@ -132,14 +138,15 @@ class Endpoint:
         number = self._log.sent(prompt, reserved)
         try:
             text = await self._send(client, prompt)
-            body = parse_json(text, "The response")
-            answer = text_of(body)
         except _FailedError as failure:
             self._log.failed(number, prompt, reserved if failure.may_cost else 0.0, failure.reason, failure.body)
             raise
         except EndpointError as error:
             self._log.failed(number, prompt, 0.0, str(error))
             raise
+        try:
+            body = parse_json(text, "The response")
+            answer = text_of(body)
         except ValueError as error:
             self._log.failed(number, prompt, reserved, str(error), text)
             raise _FailedError(str(error)) from error
@@ -173,7 +180,10 @@ class Endpoint:
         if status == httpx2.codes.OK:
             return text
         if status >= httpx2.codes.INTERNAL_SERVER_ERROR or status in FOR_NOW:
-            raise _FailedError(f"status {status}", text, wait=_seconds(response.headers.get("retry-after")))
+            # A gateway's 502 or 504 says nothing of the model behind it, which may have answered.
+            worked = status >= httpx2.codes.INTERNAL_SERVER_ERROR and status != httpx2.codes.SERVICE_UNAVAILABLE
+            wait = _seconds(response.headers.get("retry-after"))
+            raise _FailedError(f"status {status}", text, wait=wait, may_cost=worked)
         if status in OF_THE_PROMPT:
             raise _FailedError(f"status {status}, {text[:SHOWN]}", text, again=False)
         raise EndpointError(

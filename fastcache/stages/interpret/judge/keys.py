@@ -7,9 +7,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastcache.errors import InputError
+from fastcache.files import check_depth
 from fastcache.stages.interpret.config import JudgeConfig
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+UNREADABLE = "[nested too deeply to be read]"
 SHORTEST = 8
 """Characters of a key; less, such as the `none` that local servers are given, is no secret and may be a word of an answer."""
 
@@ -39,8 +41,12 @@ class Key:
             return text
         try:
             value = json.loads(text)
-        except (ValueError, RecursionError):
+        except ValueError:
             return text.replace(self._key, "[key]")
+        except RecursionError:
+            return UNREADABLE
+        if _is_deep(value):
+            return UNREADABLE
         hidden = self._hidden_in(value)
         return text if hidden == value else json.dumps(hidden)
 
@@ -50,6 +56,14 @@ class Key:
         if isinstance(value, list):
             return [self._hidden_in(each) for each in value]
         return value.replace(self._key, "[key]") if isinstance(value, str) else value
+
+
+def _is_deep(value: Any) -> bool:
+    try:
+        check_depth(value)
+    except ValueError:
+        return True
+    return False
 
 
 def check_address(config: JudgeConfig) -> None:

@@ -1,5 +1,6 @@
 """What is sent to a judge, and what it costs."""
 
+import json
 from typing import Any
 
 from fastcache.errors import FormatError, InputError
@@ -55,6 +56,12 @@ class Costs:
         if config.max_cost is not None and not self.are_known:
             raise InputError("--max-cost needs --price-in and --price-out, the prices of a million tokens.")
         body = request_body(config, Prompt(0, "", "", ""))
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                "--judge-model or --judge-body holds half of a surrogate pair, which is no text."
+            ) from error
         limits = [body[name] for name in LIMITS if name in body]
         if config.max_cost is not None and not limits:
             raise InputError(f"--max-cost needs a limit on answers: leave {' or '.join(LIMITS)} in the body.")

@@ -6,6 +6,7 @@ from typing import Any
 from fastcache.errors import FormatError, InputError
 from fastcache.files import parse_json
 
+MOST_TOKENS = 2**40
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
@@ -27,8 +28,9 @@ def text_of(body: Any) -> str:
 def usage_of(body: Any) -> dict[str, int]:
     """Tokens of the prompt and of the answer, by the response's own count; nothing where it has none."""
     match body:
-        case {"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(answer)}} if min(prompt, answer) >= 0:
-            return dict(zip(TOKENS, (prompt, answer), strict=True))
+        case {"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(answer)}}:
+            if not isinstance(prompt, bool) and min(prompt, answer) >= 0 and max(prompt, answer) < MOST_TOKENS:
+                return dict(zip(TOKENS, (prompt, answer), strict=True))
     return {}
 
 

@@ -1,6 +1,6 @@
 """Judging: latents are drawn, a judge is asked about each, and what it said is read into a table of scores."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,15 @@ def judge(config: JudgeConfig, out: Path, progress: Progress, fresh: bool = Fals
     with output_directory(out, "interpret judge", settings, OWNED, free=JUDGE_FREE_ON_RESUME, fresh=fresh):
         log = AnswerLog(out)
         _import(log, answers, progress)
-        rounds = Rounds(results, config, chosen, log)
-        if config.judge == "api" and (ahead := rounds.ahead()):
-            progress.say(_estimate(config, ahead))
+        questions = Questions(results, config, chosen, log)
         try:
-            for prompts in rounds:
-                if config.judge == "api":
-                    _ask(config, log, prompts, progress)
+            if config.judge == "api":
+                _ask_all(config, questions, log, progress)
         finally:
-            judged = Judged(results.about, config, len(qualifying), rounds.prompts, rounds.n_too_few, log)
+            judged = Judged(results.about, config, len(qualifying), questions.all(), questions.n_too_few(), log)
             summary = write_scores(out, judged)
         if config.judge == "none":
-            lines = [_batch_line(config, prompt) for prompt in rounds.prompts if prompt.name not in log.answers]
+            lines = [_batch_line(config, prompt) for prompt in questions.all() if prompt.name not in log.answers]
             write_bytes_atomic(out / PROMPTS_FILE, "".join(lines).encode())
     return summary
 
@@ -94,32 +91,34 @@ def _import(log: AnswerLog, answers: dict[str, dict[str, str]], progress: Progre
         progress.say(f"{path}: {len(new):,} new answers")
 
 
-class Rounds:
-    """Prompts for scores, then those for detection, which need the names that the scores came with."""
+class Questions:
+    """Prompts for scores, and those for detection, which need the names that the scores came with."""
 
     def __init__(self, results: Results, config: JudgeConfig, chosen: Sequence[int], log: AnswerLog) -> None:
         """For the `chosen` latents."""
         self._config, self._log = config, log
+        # What was answered in an earlier run stays in the tables.
+        self._detects = config.detection or any(name.startswith("detection-") for name in log.answers)
         self._contexts = results.contexts_of(chosen)
-        self._windows = results.windows() if config.detection else []
-        self._silent = results.latents(["silent_windows"])["silent_windows"] if config.detection else []
-        self.prompts = [score_prompt(latent, self._contexts[latent]) for latent in chosen]
-        self.n_too_few = 0
-        """Named latents that have too few contexts for detection."""
+        self._windows = results.windows() if self._detects else []
+        self._silent = results.latents(["silent_windows"])["silent_windows"] if self._detects else []
+        self.scores = [score_prompt(latent, self._contexts[latent]) for latent in chosen]
 
-    def __iter__(self) -> Iterator[list[Prompt]]:
-        """Each round's, made when the one before was answered."""
-        yield list(self.prompts)
-        if self._config.detection:
-            named = [(latent, name) for latent in self._contexts if (name := self._name(latent))]
-            found = [prompt for latent, name in named if (prompt := self._detection(latent, name))]
-            self.n_too_few = len(named) - len(found)
-            self.prompts += found
-            yield found
+    def detection(self) -> list[Prompt]:
+        """Of the latents that have a name by now, and contexts enough."""
+        return [prompt for latent, name in self._named() if (prompt := self._detection(latent, name))]
+
+    def n_too_few(self) -> int:
+        """Latents that have a name, but not contexts enough."""
+        return len(self._named()) - len(self.detection())
+
+    def all(self) -> list[Prompt]:
+        """As far as they can be known."""
+        return [*self.scores, *self.detection()]
 
     def ahead(self) -> list[Prompt]:
-        """All that is still to be asked, as far as it can be known: detection with a name of usual length."""
-        found = list(self.prompts)
+        """All that is still to be asked, with a name of usual length where there is none yet."""
+        found = list(self.scores)
         for latent in self._contexts if self._config.detection else ():
             name = self._name(latent) if f"score-{latent}" in self._log.answers else USUAL_NAME
             if name and (prompt := self._detection(latent, name)):
@@ -130,11 +129,22 @@ class Rounds:
         silent = [self._windows[number] for number in self._silent[latent].as_py()]
         return detection_prompt(latent, name, self._contexts[latent], silent, self._config.seed)
 
+    def _named(self) -> list[tuple[int, str]]:
+        return [(latent, name) for latent in self._contexts if self._detects and (name := self._name(latent))]
+
     def _name(self, latent: int) -> str | None:
         try:
             return parse_score(self._log.answers.get(f"score-{latent}", "")).name
         except UnparsedError:
             return None
+
+
+def _ask_all(config: JudgeConfig, questions: Questions, log: AnswerLog, progress: Progress) -> None:
+    if ahead := questions.ahead():
+        progress.say(_estimate(config, ahead))
+    _ask(config, log, questions.scores, progress)
+    if config.detection:
+        _ask(config, log, questions.detection(), progress)
 
 
 def _ask(config: JudgeConfig, log: AnswerLog, prompts: list[Prompt], progress: Progress) -> None:
