@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import start_browser
-from judging import KEY
-from latents import add_scores, make_results, scored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
 # As the backend sets it: MKL asks once, at its first product, whichever test makes that.
@@ -38,12 +36,16 @@ def browser():
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory):
     """What `interpret` leaves, made up: latents 0 to 29; those that 5 divides are active in 4 dialogues, too few to qualify."""
+    from latents import make_results
+
     return make_results(tmp_path_factory.mktemp("results") / "latents", 30)
 
 
 @pytest.fixture(scope="session")
 def scored_latents(tmp_path_factory):
     """200 latents, of which 3 are dead and 3 scored; a fourth answer could not be read."""
+    from latents import add_scores, make_results, scored
+
     results = make_results(tmp_path_factory.mktemp("dashboard") / "latents", 200, dead=(3, 77, 199))
     rows = [scored(7, 5, "names of seas"), scored(11, 2, "nothing much"), scored(150, 4, "Zürich & <b>more</b>")]
     add_scores(results, [*rows, {"latent": 12, "failure": "empty", "answer": ""}])
@@ -71,6 +73,8 @@ def served(dashboard):
 @pytest.fixture
 def quick_judge(monkeypatch):
     """A judge is asked again at once; there is a key."""
+    from judging import KEY
+
     monkeypatch.setattr("fastcache.stages.interpret.judge.endpoint.FIRST_WAIT", 0.001)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 

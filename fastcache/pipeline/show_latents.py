@@ -17,9 +17,11 @@ MOST_LATENTS, AROUND = 10, 6
 def show_latents(console: Console, path: Path) -> None:
     """How many latents are active, and of the strongest the context with the highest activation."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    latents = pq.read_table(path / "latents.parquet")
+    from fastcache.stages.interpret.results import Results
+
+    results = Results(path)
+    latents = results.latents(["latent", "n_active", "density_all", "max_activation"])
     n_dead = pc.sum(pc.equal(latents["n_active"], 0)).as_py()
     indices = pc.select_k_unstable(latents, MOST_LATENTS, [("max_activation", "descending")])
     console.print(f"{len(latents):,} latents, {n_dead:,} of them never active. The strongest, and where they are so:")
@@ -28,12 +30,10 @@ def show_latents(console: Console, path: Path) -> None:
         table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     table.add_column("context", no_wrap=True, overflow="ellipsis")
     chosen = latents.take(indices).to_pylist()
-    shown = [("latent", "in", [row["latent"] for row in chosen]), ("kind", "==", "top"), ("rank", "==", 0)]
-    contexts = {row["latent"]: row for row in pq.read_table(path / "contexts.parquet", filters=shown).to_pylist()}
+    contexts = results.contexts_of([row["latent"] for row in chosen])
     for row in chosen:
-        context = contexts.get(row["latent"])
         figures = (str(row["latent"]), f"{row['density_all']:.2%}", f"{row['max_activation']:.2f}")
-        table.add_row(*figures, _marked(context) if context else "")
+        table.add_row(*figures, *(_marked(context) for context in contexts[row["latent"]][:1]))
     console.print(table)
 
 

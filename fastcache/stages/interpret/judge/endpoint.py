@@ -58,8 +58,7 @@ class Endpoint:
     """Puts prompts to a judge and its answers into the log."""
 
     def __init__(self, config: JudgeConfig, log: AnswerLog) -> None:
-        """Raises what `check_endpoint` and `Costs` raise."""
-        check_endpoint(config)
+        """For settings that `check_endpoint` has let pass."""
         self._config, self._log, self._costs = config, log, Costs(config)
         self._key = Key(config)
         self._stop: FastcacheError | None = None
