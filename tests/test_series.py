@@ -204,3 +204,12 @@ def test_the_lowest_error_is_marked_in_each_model_by_itself(tmp_path):
     summary = page[page.index('id="summary"') : page.index("</table>")]
     assert summary.count(f'class="best">{-2.0:.3f}') == 4
     assert summary.count(f'class="best">{-1.8:.3f}') == 4
+
+
+def test_a_dead_sae_in_one_seed_does_not_stop_the_comparison(tmp_path):
+    folders = power_law(tmp_path, "fast", 1.0) + power_law(tmp_path, "bt-f", 2.0)
+    dead = write_run(tmp_path / "dead", 1.0, 0.0, method="fast", coefficient=9, seed=0, recovered=0.0)
+    (panel,) = panels(read_runs((*folders, dead)))
+    series = next(series for series in panel.series if series.label == "fast")
+    assert series.l0_range == (4, 64)
+    assert series.at(16.0, FVU).value == pytest.approx(16**-0.5)

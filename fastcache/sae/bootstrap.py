@@ -38,9 +38,16 @@ def interval(values: Sums) -> tuple[float, float]:
 
 
 def with_intervals(figures: dict[str, Any], samples: dict[str, Sums]) -> dict[str, Any]:
-    """JSON-ready: the figures, and under `intervals` the interval of each over its `samples`; None for what isn't finite."""
-    intervals = {name: [_finite(end) for end in interval(values)] for name, values in samples.items()}
-    return {**{name: _finite(value) for name, value in figures.items()}, "intervals": intervals}
+    """JSON-ready: the figures, and under `intervals` the interval of each over its `samples`.
+
+    What isn't finite is None. A figure that is None has no interval: both of its ends are None.
+    """
+    shown = {name: _finite(value) for name, value in figures.items()}
+    intervals = {
+        name: [None, None] if shown[name] is None else [_finite(end) for end in interval(values)]
+        for name, values in samples.items()
+    }
+    return {**shown, "intervals": intervals}
 
 
 def _finite(value: Any) -> float | None:

@@ -2,8 +2,8 @@
 
 MSE is the paper's equation 7: the mean over dialogues of the mean over a dialogue's tokens of the mean over d_in of
 (x - xhat)^2. Beside it stands the pooled one, a plain mean over tokens. FVU is the pooled squared error over the squared
-distance to the mean of the same tokens; explained variance is 1 - FVU. Cosine and relative norm |xhat| / |x| are means over
-tokens.
+distance to the mean of the same tokens (`spread.py`); explained variance is 1 - FVU. Cosine and relative norm |xhat| / |x| are
+means over tokens.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fastcache.sae.architectures import Sae
 from fastcache.sae.bootstrap import Sums, resampled, with_intervals
+from fastcache.sae.spread import Spread, unexplained
 
-COLUMNS = ("n_tokens", "squared_error", "x_squared", "cosine", "relative_norm", "l0", "mse", "n_dialogues")
-"""Of a dialogue and a set: sums over its tokens; then its own mean squared error, and 1 if it has tokens of the set."""
+COLUMNS = ("n_tokens", "squared_error", "x_squared", "cosine", "relative_norm", "l0", "mse", "n_dialogues", "spread")
+"""Of a dialogue and a set: sums over its tokens; then its own mean squared error, 1 if it has tokens of the set, and the summed
+squared distance of its tokens to the mean of the set."""
 L0_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 WINDOWS = (10_000, 100_000, 1_000_000, 10_000_000)
 """Tokens among which a latent that never fires counts as dead; the number of all tokens is always one more."""
@@ -35,11 +37,13 @@ class Metrics:
     d_in: int
     d_sae: int
     device: str = "cpu"
+    spread: Spread | None = None
+    """Shared with other SAEs on the same tokens, and updated by whoever shares it; None: its own."""
 
     def __post_init__(self) -> None:
+        self._spread = self.spread or Spread(len(self.splits), self.d_in, self.device)
         self._dialogues: list[Sums] = []
-        """`[dialogues, s, columns]` of each batch; see `COLUMNS`."""
-        self._x_sum = torch.zeros(len(self.splits), self.d_in, dtype=torch.double, device=self.device)
+        """`[dialogues, s, columns]` of each batch; see `COLUMNS`, without the last."""
         self._l0_counts = np.zeros((len(self.splits), self.d_sae + 1), np.int64)
         self._n_tokens = 0
         self._n_fired = torch.zeros(self.d_sae, dtype=torch.long, device=self.device)
@@ -47,14 +51,15 @@ class Metrics:
 
     @torch.no_grad()
     def update(self, sae: Sae, x: Tensor, masks: Tensor, dialogues: Tensor) -> None:
-        """Take in whole dialogues: x `[n, d_in]`, masks bool `[s, n]`, dialogue number of each token `[n]`, from 0."""
+        """Take in whole dialogues: x `[n, d_in]`, masks bool `[s, n]`, dialogue number of each token `[n]`, rising from 0."""
+        if self.spread is None:
+            self._spread.update(x, masks, dialogues)
         latent_acts = sae.encode(x)
         active = (latent_acts != 0).float()  # as numbers: torch is slow at sums of booleans
         recon, wide = sae.decode(latent_acts).double(), x.double()
         l0 = active.sum(1).long()
         self._count_latents(active)
         mask = masks.double()
-        self._x_sum += mask @ wide
         by_token = torch.stack([torch.ones(len(x), dtype=torch.double, device=x.device), *_figures(recon, wide), l0], 1)
         sums = by_token.new_zeros(int(dialogues.max()) + 1, len(mask), by_token.shape[1])
         sums.index_add_(0, dialogues, mask.T[:, :, None] * by_token[:, None, :])
@@ -75,7 +80,7 @@ class Metrics:
 
         Intervals are of 95 %, over dialogues (`bootstrap`); in that of FVU the mean of the tokens is held.
         """
-        by_dialogue = np.concatenate(self._dialogues)
+        by_dialogue = np.concatenate([np.concatenate(self._dialogues), self._spread.by_dialogue()[..., None]], 2)
         totals, samples = by_dialogue.sum(0), resampled(by_dialogue)
         splits = {name: self._split(i, totals, samples) for i, name in enumerate(self.splits)}
         dead = int((self._n_fired == 0).sum())
@@ -86,19 +91,14 @@ class Metrics:
         n, error = totals[i, :2]
         if not n:
             return {"n_tokens": 0}
-        centre = float((self._x_sum[i] / n).square().sum())
-        figures, spread = (figures_of(each[..., i, :], centre, self.d_in) for each in (totals, samples))
+        figures, intervals = (figures_of(sums[..., i, :], self.d_in) for sums in (totals, samples))
         return {
             "n_tokens": int(n),
-            "n_dialogues": int(totals[i, -1]),
-            **with_intervals(figures, spread),
+            "n_dialogues": int(totals[i, COLUMNS.index("n_dialogues")]),
+            **with_intervals(figures, intervals),
             "share_of_squared_error": float(error / totals[0, 1]) if totals[0, 1] else 0.0,
             "l0_quantiles": _quantiles(self._l0_counts[i]),
         }
-
-    def mean(self) -> Tensor:
-        """Of all tokens so far, `[d_in]`."""
-        return (self._x_sum[0] / max(self._n_tokens, 1)).float()
 
     def _dead_by_window(self) -> dict[str, int]:
         """Latents that stayed silent over the first so many tokens."""
@@ -121,15 +121,14 @@ def _figures(recon: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (recon - x).square().sum(1), power, cosine, relative
 
 
-def figures_of(totals: Sums, centre: float, d_in: int) -> dict[str, Any]:
-    """Figures from totals `[..., columns]`; `centre` is the squared norm of the tokens' mean."""
-    n, error, power, cosine, relative, l0, mse, n_dialogues = np.moveaxis(totals, -1, 0)
-    spread = power - n * centre
+def figures_of(totals: Sums, d_in: int) -> dict[str, Any]:
+    """Figures from totals `[..., columns]`."""
+    n, error, power, cosine, relative, l0, mse, n_dialogues, spread = np.moveaxis(totals, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         mse, pooled = mse / n_dialogues, error / n / d_in
         figures = {"mse": mse, "log2_mse": np.log2(mse), "mse_pooled": pooled, "log2_mse_pooled": np.log2(pooled)}
-        fvu = np.where(spread > 0, error / spread, np.nan)
-        return figures | {"fvu": fvu, "l0": l0 / n, "cosine": cosine / n, "relative_norm": relative / n}
+        figures |= {"fvu": unexplained(error, spread, power), "l0": l0 / n}
+        return figures | {"cosine": cosine / n, "relative_norm": relative / n}
 
 
 def _quantiles(counts: npt.NDArray[np.int64]) -> dict[str, int]:

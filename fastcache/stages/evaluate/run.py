@@ -23,6 +23,7 @@ from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.metrics import Metrics
 from fastcache.sae.of_cache import load_sae_of
+from fastcache.sae.spread import Spread
 from fastcache.stages.evaluate.config import EvaluateConfig
 from fastcache.stages.evaluate.with_model import Spliced, measure, measure_in_engine, result_of
 
@@ -55,8 +56,8 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
         )
     cache.require_dialogues()
     device = choose_device(config.device)
-    candidates = [_load(Path(folder), cache, device) for folder in config.sae]
-    hooks = sorted({candidate.info["hook_point"] for candidate in candidates})
+    spreads: dict[str, Spread] = {}
+    candidates = [_load(Path(folder), cache, device, spreads) for folder in config.sae]
     if config.with_model and config.model_backend == "vllm":
         require_packages("--model-backend vllm", "vllm", "vllm")
     identity, source = cache.manifest.identity["model"], None
@@ -66,12 +67,17 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
     with progress.task("evaluate", n_instances, "dialogues") as task:
         for batch in _batches(cache, n_instances):
             masks, dialogues = _token_sets(batch)
-            for hook in hooks:
+            masks, dialogues = masks.to(device), dialogues.to(device)
+            for hook, spread in sorted(spreads.items()):
                 x = torch.from_numpy(cache.residuals(hook, batch[0].rows.start, batch[-1].rows.stop)).to(device)
+                spread.update(x, masks, dialogues)
                 for candidate in (c for c in candidates if c.info["hook_point"] == hook):
-                    candidate.metrics.update(candidate.sae, x, masks.to(device), dialogues.to(device))
+                    candidate.metrics.update(candidate.sae, x, masks, dialogues)
             task.advance(len(batch))
-    spliced = _with_model(config, source, cache, candidates, device, progress) if source else [None] * len(candidates)
+    means = {hook: spread.mean() for hook, spread in spreads.items()}
+    spliced: list[dict[str, Any] | None] = [None] * len(candidates)
+    if source:
+        spliced = [*_with_model(config, source, cache, candidates, means, device, progress)]
     return [_write(one, cache, n_instances, with_model) for one, with_model in zip(candidates, spliced, strict=True)]
 
 
@@ -80,12 +86,12 @@ def _with_model(
     source: ModelSource,
     cache: Cache,
     candidates: list[_Candidate],
+    means: dict[str, Tensor],
     device: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """The figures of `with_model.py` for each candidate."""
+    """The figures of `with_model.py` for each candidate; `means` `[d_in]` by hook point."""
     saes = [Spliced(candidate.folder, candidate.sae, candidate.info["hook_point"]) for candidate in candidates]
-    means = {candidate.info["hook_point"]: candidate.metrics.mean() for candidate in candidates}
     instances = [cache.instance(index) for index in range(min(config.model_instances, cache.n_instances))]
     instances = [instance for instance in instances if len(instance) > 1]  # of one token nothing is predicted
     if not instances:
@@ -105,9 +111,11 @@ def _with_model(
     return [result_of(one, TOKEN_SETS) for one in saes]
 
 
-def _load(folder: Path, cache: Cache, device: str) -> _Candidate:
+def _load(folder: Path, cache: Cache, device: str, spreads: dict[str, Spread]) -> _Candidate:
+    """SAEs of one hook point share its entry of `spreads`, which is made for the first of them."""
     sae, info = load_sae_of(cache, folder)
-    return _Candidate(folder, sae.to(device), info, Metrics(TOKEN_SETS, sae.d_in, sae.d_sae, device))
+    spread = spreads.setdefault(info["hook_point"], Spread(len(TOKEN_SETS), sae.d_in, device))
+    return _Candidate(folder, sae.to(device), info, Metrics(TOKEN_SETS, sae.d_in, sae.d_sae, device, spread))
 
 
 def _batches(cache: Cache, n_instances: int) -> Iterator[list[CachedInstance]]:

@@ -26,6 +26,8 @@ from fastcache.sae.storage import load_sae
 
 COLUMNS = ("n_tokens", "loss", "loss_zero", "loss_mean", "loss_spliced", "kl")
 """Sums over the tokens of a dialogue in a set."""
+ROUNDING = 1e-6
+"""Losses come from float32: a difference of a smaller share of the loss is none."""
 
 
 @dataclass
@@ -143,6 +145,12 @@ def figures_of(totals: Sums) -> dict[str, Any]:
             "kl": kl / n,
             "loss_zero": zero / n,
             "loss_mean": mean / n,
-            "loss_recovered": (zero - spliced) / (zero - loss),
-            "loss_recovered_from_mean": (mean - spliced) / (mean - loss),
+            "loss_recovered": _recovered(loss, zero, spliced),
+            "loss_recovered_from_mean": _recovered(loss, mean, spliced),
         }
+
+
+def _recovered(loss: Sums, ablated: Sums, spliced: Sums) -> Sums:
+    """The share of what an ablation costs that the SAE spares; NaN where it costs nothing but rounding."""
+    cost = ablated - loss
+    return np.where(np.abs(cost) > ROUNDING * np.abs(loss), (ablated - spliced) / cost, np.nan)

@@ -36,7 +36,8 @@ class Measure(NamedTuple):
         if len(values) < len(points):
             return None
         scaled = np.log(values) if self.logarithmic else values
-        found = float(np.interp(log(l0), [log(at) for at, _ in points], scaled))
+        places = [log(max(at, 1e-9)) for at, _ in points]  # of a dead SAE L0 is 0
+        found = float(np.interp(log(l0), places, scaled))
         return exp(found) if self.logarithmic else found
 
 

@@ -22,6 +22,7 @@ from fastcache.sae.fast.step import fast_step
 from fastcache.sae.fast.threads import compiles
 from fastcache.sae.init import geometric_median, initialise, thresholds_for
 from fastcache.sae.schedules import LearningRate, sparsity_coefficient
+from fastcache.sae.spread import NEGLIGIBLE
 from fastcache.stages.train.recipe import Recipe
 
 DEAD_EVERY = 10
@@ -152,7 +153,10 @@ class Trainer:
         return self.step_number - self._last_fired > self.recipe.dead_window
 
     def figures(self, x: Tensor, figures: StepFigures) -> dict[str, float | None]:
-        """The line of the metrics log for the step just done on x `[n, d_in]`; errors are in units of the activations."""
+        """The line of the metrics log for the step just done on x `[n, d_in]`; errors are in units of the activations.
+
+        FVU is None for a batch whose rows are equal, but for rounding.
+        """
         power = self.scale**2
         variance = float((x - x.mean(0)).square().sum(1).mean())
         squared_error = float(figures.squared_error) / power
@@ -163,7 +167,7 @@ class Trainer:
             "sparsity": float(figures.sparsity),
             "aux": float(figures.aux),
             "l0": float(figures.l0),
-            "fvu": squared_error / variance if variance else None,  # a batch of equal rows has none
+            "fvu": squared_error / variance if variance > NEGLIGIBLE * float(x.square().sum(1).mean()) else None,
             "dead_latents": int(self._is_dead().sum()),
             "learning_rate": self._rate.at(self.step_number - 1),
         }
