@@ -1,4 +1,4 @@
-"""FVU's denominator and its interval, against a bootstrap by hand; figures that can't be known have neither value nor interval."""
+"""FVU's denominator and its interval, against a bootstrap by hand; what can't be known has neither value nor interval."""
 
 import numpy as np
 import pytest

@@ -27,7 +27,7 @@ class Spread:
     def __init__(self, n_sets: int, d_in: int, device: str = "cpu") -> None:
         self._sum = torch.zeros(n_sets, d_in, dtype=torch.double, device=device)
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Of each batch: counts `[dialogues, s]`, sums of |x|^2 `[dialogues, s]`, and for counts above 0 sums of x `[m, d_in]`."""
+        """Of each batch: counts and sums of |x|^2, both `[dialogues, s]`; for counts above 0 sums of x `[m, d_in]`."""
 
     @torch.no_grad()
     def update(self, x: Tensor, masks: Tensor, dialogues: Tensor) -> None:

@@ -2,9 +2,9 @@
 
 In training, f = the k n largest of ReLU(W_enc x + b_enc) over a batch of n tokens: k a token on average.
 loss = ||x - xhat||^2, a mean over the batch
-For encoding, f = z H(z - theta): a JumpReLU with one threshold, which doesn't depend on the batch. The paper takes the mean over
-batches of the smallest activation that was kept. Here theta is found once, with the final weights, so that L0 is k on a sample
-of the training rows (`calibrate`). A running mean over training lags behind the weights, most of all in a short run.
+For encoding, f = z H(z - theta): a JumpReLU with one threshold, which doesn't depend on the batch. The paper takes the mean
+over batches of the smallest activation that was kept. Here theta is found once, with the final weights, so that L0 is k on a
+sample of the training rows (`calibrate`): a running mean lags behind the weights, most of all in a short run.
 """
 
 from typing import Any
