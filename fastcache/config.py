@@ -1,7 +1,7 @@
 """Settings are plain frozen dataclasses; `option` adds the help text that the command line shows.
 
 A settings class is built from a mapping (a config file, `--set`, the command line) by `from_mapping`, which checks
-names and types and says which name was meant.
+names and types and says which name was meant. Those derived from `Settings` check themselves when they are built in Python.
 """
 
 import dataclasses
@@ -80,8 +80,26 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build the settings `cls` from `values`; raises `InputError` for unknown names, wrong types, missing values."""
+    return cls(**_resolved(cls, values, where))
+
+
+class Settings:
+    """Base of settings dataclasses that are checked wherever they are built, in Python too."""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a value of another type, out of range, or not among the choices."""
+        cls = type(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name, expected in _resolved(cls, values, cls.__name__).items():
+            value = tuple(values[name]) if isinstance(values[name], list) else values[name]
+            if value != expected:  # a text that the command line would have taken as a number
+                kinds = f"expected {type(expected).__name__}, found {type(value).__name__}"
+                raise InputError(f"{cls.__name__}: {name} = {value!r}: {kinds}.")
+
+
+def _resolved(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     resolved: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
@@ -95,7 +113,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for name, field in fields.items():
         if name not in resolved and field.default is dataclasses.MISSING:
             raise InputError(f"{where}: --{name.replace('_', '-')} is needed.")
-    return cls(**resolved)
+    return resolved
 
 
 def as_dict(settings: Any) -> dict[str, Any]:

@@ -6,13 +6,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up to `peak`; cosine to `end`; linear to 0 over the last `decay_steps` (method.md section 4)."""
+    """Linear warm-up to `peak`; cosine to `end`; linear to 0 over the last `decay_steps` (docs/method.md)."""
 
     peak: float
     end: float
     warm_up_steps: int
     decay_steps: int
     total_steps: int
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for phases that overlap: the rate would jump."""
+        if self.warm_up_steps + self.decay_steps > self.total_steps:
+            raise ValueError(
+                f"{self.warm_up_steps} steps of warm-up and {self.decay_steps} of decay are more than {self.total_steps}"
+            )
 
     def at(self, step: int) -> float:
         """Learning rate of step `step`, the first of which is 0."""

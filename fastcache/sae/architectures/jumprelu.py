@@ -23,6 +23,8 @@ from fastcache.sae.architectures.single_path import SinglePathSae
 
 INITIAL_THRESHOLD = 0.001
 BANDWIDTH = 0.001
+SMALLEST_THRESHOLD = 1e-12
+"""0 has no logarithm."""
 
 
 class JumpReluSae(SinglePathSae):
@@ -109,7 +111,7 @@ class LogJumpReluSae(JumpReluSae):
     @torch.no_grad()
     def set_threshold(self, theta: Tensor) -> None:
         """Make theta `[d_sae]` the thresholds."""
-        self.log_threshold.copy_(theta.log())
+        self.log_threshold.copy_(theta.clamp(min=SMALLEST_THRESHOLD).log())
 
     def fill_threshold_grad(self, grad_theta: Tensor) -> None:
         """See `JumpReluSae.fill_threshold_grad`."""

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from fastcache.config import option
+from fastcache.config import Settings, option
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Which SAEs are measured on which held-out cache."""
 
     sae: tuple[str, ...] = option(help="Folder of a trained SAE. Repeatable: all are measured in one pass.")

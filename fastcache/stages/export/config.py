@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from fastcache.config import option
+from fastcache.config import Settings, option
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """Which SAE is written for which library."""
 
     sae: str = option(help="Folder of a trained SAE.")

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from fastcache.config import option
+from fastcache.config import Settings, option
 
 FREE_ON_RESUME = ("sae", "cache", "device", "model")
 """Settings that may differ on resume: SAE and cache go by their fingerprints."""
 
 
 @dataclass(frozen=True)
-class InterpretConfig:
+class InterpretConfig(Settings):
     """Which dialogues are looked at, and what is kept of them."""
 
     sae: str = option(help="Folder of a trained SAE.")
@@ -39,7 +39,7 @@ JUDGE_FREE_ON_RESUME = (
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(Settings):
     """Which latents are judged, by whom, and at what cost."""
 
     latents: str = option(help="Output folder of `fastcache interpret`.")
@@ -80,7 +80,7 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
-class ScoresConfig:
+class ScoresConfig(Settings):
     """Judged SAEs to compare."""
 
     judged: tuple[str, ...] = option(help="Output folder of `fastcache interpret judge`. Repeatable.")
@@ -89,7 +89,7 @@ class ScoresConfig:
 
 
 @dataclass(frozen=True)
-class DashboardConfig:
+class DashboardConfig(Settings):
     """Latents to look at."""
 
     latents: str = option(help="Output folder of `fastcache interpret`.")

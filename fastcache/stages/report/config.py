@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from fastcache.config import option
+from fastcache.config import Settings, option
 
 FORMATS = ("html", "csv", "json", "markdown")
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """What the page shows."""
 
     sae: tuple[str, ...] = option(

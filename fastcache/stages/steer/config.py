@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastcache.config import option
+from fastcache.config import Settings, option
 
 PAPER_ALPHAS = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
 
 
 @dataclass(frozen=True)
-class SteerConfig:
+class SteerConfig(Settings):
     """What is done to the residual stream, and for which prompts."""
 
     sae: str = option(help="Folder of a trained SAE.")
@@ -64,7 +64,7 @@ def settings_of(config: SteerConfig) -> list[Setting]:
 
 
 @dataclass(frozen=True)
-class FindConfig:
+class FindConfig(Settings):
     """Where latents to steer with are looked for."""
 
     sae: str = option(help="Folder of a trained SAE.")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastcache.config import option
+from fastcache.config import Settings, option
 
 FREE_ON_RESUME = ("cache", "checkpoint_every", "keep_checkpoints", "device", "on_corrupt")
 """Settings that may differ on resume: the cache goes by its fingerprint, so that it may be moved."""
@@ -10,10 +10,12 @@ FREE_ON_RESUME = ("cache", "checkpoint_every", "keep_checkpoints", "device", "on
 ARCHES = ("standard", "jumprelu", "topk", "batchtopk", "gated", "matryoshka")
 RECIPES = ("modern", "fast-paper")
 TOKENS_OF = ("all", "content", "special", "assistant")
+LARGEST_SEED = 2**63 - 1
+LARGEST_EXPANSION = 2**16
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How one SAE is trained."""
 
     cache: str = option(help="Cache made by `fastcache extract`.")
@@ -24,7 +26,7 @@ class TrainConfig:
         help="What the options below are where they are left out: modern, for a good SAE; fast-paper, as in the FAST paper.",
     )
     layer: int | None = option(None, help="Layer to train on; needed where the cache holds several.", at_least=0)
-    expansion: int = option(8, help="d_sae = expansion * d_in.", at_least=1)
+    expansion: int = option(8, help="d_sae = expansion * d_in.", at_least=1, at_most=LARGEST_EXPANSION)
     target_l0: float | None = option(
         None,
         help="jumprelu: active latents a token to aim at. modern: 64, at most d_in / 4; fast-paper: none.",
@@ -49,7 +51,7 @@ class TrainConfig:
         None, help="Tokens of a batch. modern: 4,096, less for a cache of under 4M tokens; fast-paper: 128.", at_least=1
     )
     lr: float | None = option(
-        None, help="Peak learning rate. modern: 2e-4 / sqrt(d_sae / 16,384); fast-paper: 7e-5.", at_least=0
+        None, help="Peak learning rate. modern: 2e-4 / sqrt(d_sae / 16,384); fast-paper: 7e-5.", at_least=1e-12
     )
     lr_end: float | None = option(
         None, help="Learning rate at the end of the cosine. modern: as at its peak; fast-paper: a tenth.", at_least=0
@@ -112,9 +114,9 @@ class TrainConfig:
         None, help="Leave out tokens whose norm is above so many times the median, for example 10x-median."
     )
     buffer_tokens: int = option(1_048_576, help="Rows of the mixing buffer.", at_least=1)  # docs/benchmarks/shuffle.md
-    seed: int = option(42, help="Seed of weights and shuffle.", at_least=0)
+    seed: int = option(42, help="Seed of weights and shuffle.", at_least=0, at_most=LARGEST_SEED)
     shuffle_seed: int | None = option(
-        None, help="Seed of the shuffle, where it is to be another than --seed.", at_least=0
+        None, help="Seed of the shuffle, where it is to be another than --seed.", at_least=0, at_most=LARGEST_SEED
     )
     precision: str = option(
         "float32",
@@ -139,11 +141,11 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ShuffleConfig:
+class ShuffleConfig(Settings):
     """Which batches `fastcache inspect --shuffle` measures."""
 
     batch_size: int = option(4096, help="With --shuffle: tokens of a batch.", at_least=1)
     buffer_tokens: int = option(
         TrainConfig.buffer_tokens, help="With --shuffle: rows of the mixing buffer.", at_least=1
     )
-    seed: int = option(TrainConfig.seed, help="With --shuffle: seed of the shuffle.", at_least=0)
+    seed: int = option(TrainConfig.seed, help="With --shuffle: seed of the shuffle.", at_least=0, at_most=LARGEST_SEED)

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastcache.errors import InputError
 from fastcache.stages.train.config import TrainConfig
+from fastcache.stages.train.together import WITH_K, check_learning_rate, check_options
 
 PAPER_TOKENS = 40_960_000
 MODERN_STEPS = 1_000
@@ -30,7 +31,6 @@ MODERN: dict[str, Any] = {
 }  # fmt: skip
 NORM_WEIGHTED = ("standard", "gated")
 """Those with an L1 penalty: it is what the norms matter to. The others keep unit rows, which fix the scale of their latents."""
-WITH_K = ("topk", "batchtopk", "matryoshka")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Recipe:
 
 def resolve(config: TrainConfig, d_in: int, n_rows: int) -> Recipe:
     """Fill the gaps of `config` for a cache of `n_rows` rows `[d_in]`; raises `InputError` for what doesn't go together."""
-    _check(config)
+    check_options(config)
     paper = config.recipe == "fast-paper"
     d_sae = config.expansion * d_in
     chosen = dict(FAST_PAPER if paper else MODERN)
@@ -106,35 +106,13 @@ def resolve(config: TrainConfig, d_in: int, n_rows: int) -> Recipe:
             raise InputError(f"--{name} {value:g} is more than d_sae, {d_sae}.")
     if config.lr_end is not None:
         end = config.lr_end
+    check_learning_rate(chosen["lr"], end, chosen["lr_warm_up"], chosen["lr_decay"])
     return Recipe(
         name=config.recipe, arch=config.arch, d_in=d_in, d_sae=d_sae, lr_end=end, target_l0=target, k=k,
         steps=_steps(config, n_rows, chosen["batch_size"]), coefficient=_coefficient(config, d_in, target),
         widths=_checked_widths(widths, d_sae) if config.arch == "matryoshka" else (), clip_norm=config.clip_norm,
         precision=config.precision, plain=config.plain, seed=config.seed, **chosen,
     )  # fmt: skip
-
-
-def _check(config: TrainConfig) -> None:
-    if config.recipe == "fast-paper" and config.arch not in PAPER_LAMBDA:
-        raise InputError(
-            f"--recipe fast-paper is for the paper's architectures, standard and jumprelu; {config.arch} is not one of "
-            "them. Leave --recipe out: modern has all."
-        )
-    only = {"k": WITH_K, "widths": ("matryoshka",), "target_l0": ("jumprelu",), "theta": ("jumprelu",)}
-    only |= dict.fromkeys(("theta_lr", "threshold", "bandwidth"), ("jumprelu",))
-    for name, arches in only.items():
-        if getattr(config, name) not in (None, ()) and config.arch not in arches:
-            raise InputError(
-                f"--{name.replace('_', '-')} is an option of --arch {' and '.join(arches)}, not of {config.arch}. Leave it out."
-            )
-    if config.plain and config.precision != "float32":
-        raise InputError(
-            f"--plain multiplies in float32, and --precision {config.precision} was asked for. Leave one out."
-        )
-    if config.coefficient and config.arch in WITH_K:
-        raise InputError(
-            f"--coefficient means nothing to {config.arch}, which has no sparsity penalty. Set --k instead."
-        )
 
 
 def _checked_widths(widths: tuple[int, ...], d_sae: int) -> tuple[int, ...]:

@@ -19,13 +19,15 @@ from fastcache.errors import InputError
 from fastcache.stages.train.config import TrainConfig
 
 Mask = npt.NDArray[np.bool_]
+LARGEST_FACTOR = 1e30
+"""Of the norm filter: norms are float32."""
 
 
 def norm_factor(text: str) -> float:
     """10.0 for '10x-median'; raises `InputError` for anything else, and for factors that would drop half of the rows."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)x-median", text.strip())
-    if not match or float(match[1]) <= 1:
-        raise InputError(f"--norm-filter {text}: expected a factor above 1 and x-median, for example 10x-median.")
+    if not match or not 1 < float(match[1]) <= LARGEST_FACTOR:
+        raise InputError(f"--norm-filter {text:.40}: expected a factor above 1 and x-median, for example 10x-median.")
     return float(match[1])
 
 

@@ -62,7 +62,10 @@ class Task:
         )  # fmt: skip
 
     def sample(self) -> Tensor:
-        """Rows of some random units, of those that are trained on: for scale, geometric median and thresholds."""
+        """Rows of some random units, of those that are trained on: for scale, geometric median and thresholds.
+
+        Raises `InputError` where the norm filter leaves none.
+        """
         cache, places, found, n_units = self.cache, rows_of_units(self.cache), [], 0
         units = read_units(cache, self.hook, self.config.stream_seed, skip=self.config.on_corrupt == "skip")
         for read in islice(units, len(places)):
@@ -74,6 +77,11 @@ class Task:
             n_units += 1
             if n_units >= SAMPLE_UNITS and sum(map(len, found)) >= SAMPLE_ROWS:
                 break
+        if not sum(map(len, found)):
+            raise InputError(
+                f"{cache.path} has no rows that --norm-filter {self.config.norm_filter} keeps of those of --tokens-of "
+                f"{self.config.tokens_of}. Raise the factor, or choose other tokens."
+            )
         return to_tensor(np.concatenate(found), cache.manifest.dtype, self.device)
 
     @contextmanager

@@ -58,7 +58,8 @@ class Trainer:
         self._fast = None if recipe.plain else fast_step(self.sae)
         self._route_is_chosen = False
         self._fast_adam = by_triton or (not recipe.plain and device == "cpu" and compiles)
-        warm_up, decay = round(recipe.lr_warm_up * self.n_steps), round(recipe.lr_decay * self.n_steps)
+        warm_up = round(recipe.lr_warm_up * self.n_steps)
+        decay = min(round(recipe.lr_decay * self.n_steps), self.n_steps - warm_up)  # both may be rounded up
         self._rate = LearningRate(recipe.lr, recipe.lr_end, warm_up, decay, self.n_steps)
         self._coefficient_steps = round(recipe.coefficient_warm_up * self.n_steps)
         self._last_fired = torch.zeros(self.sae.d_sae, dtype=torch.long, device=device)
