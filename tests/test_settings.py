@@ -1,6 +1,7 @@
 """Settings that contradict each other, are out of range, or mean nothing are refused wherever they are built."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_the_learning_rate_never_rises_after_its_warm_up(warm_up, decay, n_steps
     rising, falling = rates[: rate.warm_up_steps], rates[max(0, rate.warm_up_steps - 1) :]
     assert rising == sorted(rising)
     assert rising[-1:] in ([], [1.0])
-    assert all(after <= before + 1e-12 for before, after in zip(falling, falling[1:], strict=False))
+    assert all(after <= before + 1e-12 for before, after in pairwise(falling))
     assert all(0 <= value <= 1 for value in rates)
     if rate.decay_steps:
         assert rates[-1] == pytest.approx(end / rate.decay_steps)
