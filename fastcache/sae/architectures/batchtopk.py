@@ -2,8 +2,9 @@
 
 In training, f = the k n largest of ReLU(W_enc x + b_enc) over a batch of n tokens: k a token on average.
 loss = ||x - xhat||^2, a mean over the batch
-For encoding, f = z H(z - theta), theta the running mean of the smallest activation that a batch kept: a JumpReLU with one
-threshold, which doesn't depend on the batch.
+For encoding, f = z H(z - theta): a JumpReLU with one threshold, which doesn't depend on the batch. The paper takes the mean over
+batches of the smallest activation that was kept. Here theta is found once, with the final weights, so that L0 is k on a sample
+of the training rows (`calibrate`). A running mean over training lags behind the weights, most of all in a short run.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 from fastcache.sae.architectures.single_path import SinglePathSae
 from fastcache.sae.architectures.topk import checked_k
 
-THRESHOLD_RATE = 0.01
-"""Share of a new batch in the running mean, as in SAELens."""
+CALIBRATION_ROWS = 1024
+"""Rows whose pre-activations are held at a time."""
 
 
 class BatchTopKSae(SinglePathSae):
@@ -29,8 +30,7 @@ class BatchTopKSae(SinglePathSae):
         """See `Sae`."""
         super().__init__(d_in, d_sae)
         self.k = checked_k(k, d_sae)
-        # float64: small shares are added many thousand times. Negative: no batch has been seen.
-        self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.double))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.double))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -41,17 +41,27 @@ class BatchTopKSae(SinglePathSae):
         """See `Sae.activate`."""
         return z.relu_().mul_(z > self.threshold)
 
+    @torch.no_grad()
+    def calibrate(self, sample: Tensor) -> None:
+        """See `Sae.calibrate`: k latents a token on average; all positive ones where there are fewer."""
+        n_wanted = self.k * len(sample)
+        largest = sample.new_empty(0)
+        for rows in sample.split(CALIBRATION_ROWS):
+            positive = self.pre_acts(rows).flatten()
+            largest = torch.cat([largest, positive[positive > 0]])
+            if len(largest) > n_wanted + 1:  # one more, for the threshold lies between the two
+                largest = largest.topk(n_wanted + 1, sorted=False).values
+        if len(largest) > n_wanted:
+            last_two = largest.topk(2, largest=False).values.double()
+            self.threshold.copy_(last_two.mean())
+        else:
+            self.threshold.zero_()
+
     def training_acts(self, z: Tensor) -> Tensor:
-        """See `SinglePathSae.training_acts`; follows the threshold."""
+        """See `SinglePathSae.training_acts`."""
         acts = z.relu().flatten()
         values, places = acts.topk(self.k * len(z), sorted=False)
-        self._follow_threshold(values)
         return acts.zero_().scatter_(0, places, values).view_as(z)
-
-    def _follow_threshold(self, kept: Tensor) -> None:
-        smallest = kept.where(kept > 0, torch.inf).min().to(self.threshold.dtype)
-        moved = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, THRESHOLD_RATE))
-        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
 
     def backward_acts(self, z: Tensor, latent_acts: Tensor, grad: Tensor, coefficient: float) -> Tensor:
         """See `SinglePathSae.backward_acts`: the gradient passes where a latent is active."""

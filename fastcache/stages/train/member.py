@@ -12,7 +12,7 @@ from fastcache.sae.storage import save_sae
 from fastcache.stages.train.checkpoint import Run, save_checkpoint
 from fastcache.stages.train.order import Numbers
 from fastcache.stages.train.stream import MixingBuffer
-from fastcache.stages.train.task import FAILED_FILE, METRICS_FILE, Task
+from fastcache.stages.train.task import FAILED_FILE, METRICS_FILE, Task, to_tensor
 from fastcache.stages.train.trainer import Trainer
 from fastcache.stages.train.watch import EVENTS_FILE, LossWatch
 
@@ -71,7 +71,8 @@ class Member:
         info["tokens"] = {"of": self.task.config.tokens_of, **selection}
         if buffer.skipped:
             info["skipped_units"] = list(buffer.skipped.values())
-        save_sae(self.out, self.trainer.trained(), info)
+        sample = to_tensor(buffer.spread_rows, self.task.cache.manifest.dtype, self.task.device)
+        save_sae(self.out, self.trainer.trained(sample), info)
 
     def note(self) -> str:
         """The last figures in a few words."""

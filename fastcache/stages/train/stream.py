@@ -5,6 +5,8 @@ random state, not activations, and a resumed stream goes on with the very same b
 """
 
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from fastcache.cache_format.unit_array import Rows
 from fastcache.errors import IntegrityError
 from fastcache.stages.train.order import Numbers, UnitOrder, mixed_order, rows_of_units
 from fastcache.stages.train.selection import Selection
+
+SPREAD_UNITS, SPREAD_ROWS = 2048, 32_768
+"""The most units, and about the most rows, of the sample that a trained SAE is measured on."""
 
 
 def read_units(cache: Cache, hook: str, seed: int, position: int = 0, skip: bool = False) -> Iterator[ReadUnit]:
@@ -96,6 +101,28 @@ class MixingBuffer:
                 slots = slots[self._order.numbers[slots] >= 0]
             if len(slots):
                 return self._order.numbers[slots], np.take(self._rows, slots, axis=0)
+
+    @cached_property
+    def spread_rows(self) -> Rows:
+        """Rows `[n, d_in]`, as stored, spread over all of those that are trained on: all of them where they are few.
+
+        They are the same wherever the stream stands, so that what is measured on them doesn't depend on interruptions.
+        Neighbouring rows resemble each other: a few random rows of many units say more than many rows of a few units.
+        """
+        n_units = min(len(self._places), SPREAD_UNITS)
+        of_unit, rng = SPREAD_ROWS // n_units, np.random.Generator(np.random.PCG64([self._seed, 2]))
+        order = UnitOrder(len(self._places), self._seed)
+        chosen = [self._rows[:0]]
+        units = islice(iter(order.next_unit, -1), n_units)
+        for unit, rows, error in unit_stream(self._cache, self._hook, units, skip=self._skip):
+            if error is not None:
+                continue
+            kept = rows[self._selection.of_rows(*self._places[unit].tolist())]
+            too_large = self._selection.too_large(kept, self._cache.manifest.dtype)
+            kept = kept if too_large is None else kept[~too_large]
+            picked = np.sort(rng.permutation(len(kept))[:of_unit])
+            chosen.append(kept[picked])
+        return np.concatenate(chosen)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Numbers]]:
         """Where the stream stands: a JSON-ready part, and the numbers of the rows that it holds."""

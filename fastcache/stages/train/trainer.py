@@ -168,9 +168,14 @@ class Trainer:
             "learning_rate": self._rate.at(self.step_number - 1),
         }
 
-    def trained(self) -> Sae:
-        """A copy of the SAE for activations as they are in the cache, with the scale folded in."""
-        return self.sae.folded(self.scale)
+    def trained(self, sample: Tensor) -> Sae:
+        """A copy of the SAE for activations as they are in the cache: with the scale folded in, and calibrated on `sample`.
+
+        `sample` `[n, d_in]` are rows of those trained on, unscaled.
+        """
+        sae = self.sae.folded(self.scale)
+        sae.calibrate(sample)
+        return sae
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The training state: a JSON-ready part, and all tensors by name."""
