@@ -17,7 +17,7 @@ from fastcache.sae.architectures import (
 )
 from fastcache.sae.fast import gpu
 from fastcache.sae.fast.adam import FastAdam
-from fastcache.sae.fast.products import PLAIN, WORTH_MEASURING, choose_route, confirm_route
+from fastcache.sae.fast.products import PLAIN, choose_route, confirm_route
 from fastcache.sae.fast.step import fast_step
 from fastcache.sae.fast.threads import compiles
 from fastcache.sae.init import geometric_median, initialise, thresholds_for
@@ -70,15 +70,12 @@ class Trainer:
         recipe, notes = self.recipe, []
         if why_not := self._not_compiled():
             notes.append(f"Steps run in torch operations alone, which takes longer: {why_not}.")
-        is_short = recipe.batch_size * self.n_steps * recipe.d_in * recipe.d_sae < WORTH_MEASURING
         if self._fast and not self._route_is_chosen:
-            if not is_short:
-                self._fast.route = choose_route(recipe.precision, self.sae.b_dec.device, recipe.d_in, recipe.d_sae)
+            self._fast.route = choose_route(recipe.precision, self.sae.b_dec.device)
             self._route_is_chosen = True
         used = self._fast.route if self._fast else PLAIN
         if recipe.precision not in ("float32", used.name):
-            reason = "not worth measuring for so short a run" if is_short else "no faster on this machine"
-            why = reason if self._fast else f"not used by {recipe.arch}"
+            why = "no faster on this machine" if self._fast else f"not used by {recipe.arch}"
             notes.append(f"Products in {recipe.precision} are {why}; these are in {used.name}.")
         return notes
 
