@@ -130,7 +130,9 @@ ARM = "processor\t: 0\nBogoMIPS\t: 2100.00\nFeatures\t: fp asimd bf16\nCPU imple
 
 def test_linux_says_which_cpu_this_is():
     found = parse_cpuinfo(X86)
-    assert found == Cpu("AuthenticAMD", 26, "AMD EPYC 9355 32-Core Processor", frozenset(X86.splitlines()[5].split()[2:]))
+    assert found == Cpu(
+        "AuthenticAMD", 26, "AMD EPYC 9355 32-Core Processor", frozenset(X86.splitlines()[5].split()[2:])
+    )
     assert parse_cpuinfo(ARM) == Cpu(features=frozenset({"fp", "asimd", "bf16"}))
     assert parse_cpuinfo("") == parse_cpuinfo("cpu family : unknown\n") == Cpu()
     assert this_cpu() is this_cpu()

@@ -170,3 +170,6 @@ def _train_pass(tasks: Tasks, out: Path, progress: Progress, number: str) -> Non
         steps = max(member.trainer.n_steps for member in members)
         with progress.task(f"pass {number}", steps * first.recipe.batch_size, "tokens") as shown:
             train_together(members, shown, failed)
+        for member in members:
+            if _state(member.out)["state"] == "trained":
+                progress.say(f"{member.out.name}: {member.note()}")

@@ -20,6 +20,7 @@ from fastcache.files import fingerprint
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory, require_space
 from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
+from fastcache.stages.train.log import METRICS_FILE
 from fastcache.stages.train.order import require_batch, rows_of_units
 from fastcache.stages.train.recipe import Recipe, resolve
 from fastcache.stages.train.selection import Selection, select_rows
@@ -28,7 +29,7 @@ from fastcache.stages.train.threads import THREADS_FILE, kept_threads
 from fastcache.stages.train.watch import EVENTS_FILE
 
 SAMPLE_UNITS, SAMPLE_ROWS = 32, 4096
-METRICS_FILE, FAILED_FILE = "metrics.jsonl", "failed.json"
+FAILED_FILE = "failed.json"
 OWNED = ("checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, THREADS_FILE, "evaluation.json")
 
 

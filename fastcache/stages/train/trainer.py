@@ -148,6 +148,10 @@ class Trainer:
     def _is_dead(self) -> Tensor:
         return self.step_number - self._last_fired > self.recipe.dead_window
 
+    def _count_dead(self) -> int | None:
+        """Dead latents; None before so many steps were made that one can be dead."""
+        return int(self._is_dead().sum()) if self.step_number > self.recipe.dead_window else None
+
     def figures(self, x: Tensor, figures: StepFigures) -> dict[str, float | None]:
         """The line of the metrics log for the step just done on x `[n, d_in]`; errors are in units of the activations."""
         power = self.scale**2
@@ -161,7 +165,7 @@ class Trainer:
             "aux": float(figures.aux),
             "l0": float(figures.l0),
             "fvu": squared_error / variance if variance else None,  # a batch of equal rows has none
-            "dead_latents": int(self._is_dead().sum()),
+            "dead_latents": self._count_dead(),
             "learning_rate": self._rate.at(self.step_number - 1),
         }
 
