@@ -215,7 +215,7 @@ def main() -> None:
     arguments.clock = time.process_time if arguments.threads == 1 else time.perf_counter
     torch.set_num_threads(arguments.threads)
     device = torch.device("cpu")
-    route = choose_route("float32", device, 896, 7168)
+    route = choose_route("float32", device)
     environment(arguments, route)
     print(f"error of a product: {product_error(route, device):.1e}")
     bf16 = bf16_is_native()

@@ -4,7 +4,14 @@ cache = fastcache.open_cache("my-cache")
 cache.instance(0).residuals("resid_post.18")  # float32 numpy [n_tokens, d_in]
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# What a product of matrices rounds to must not depend on earlier commands of a process, on neighbouring rows or on load. MKL
+# picks its float32 kernels by the number of rows and threads; strict mode ends that at no cost that was measured. MKL reads it
+# at the first product of a process. A dynamic OpenMP takes fewer threads under load; it reads this when torch is loaded.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+os.environ["OMP_DYNAMIC"] = "FALSE"
 
 if TYPE_CHECKING:
     from fastcache.cache_format.reader import open_cache

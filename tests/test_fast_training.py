@@ -40,8 +40,7 @@ def trained(recipe, stop=STEPS):
 
 
 def choose(precision, monkeypatch):
-    """Have the products of even a short run made in `precision`."""
-    monkeypatch.setattr(trainer_module, "WORTH_MEASURING", 0)
+    """Have products made in `precision`, whatever this machine is fast at."""
     monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.ROUTES[precision])
 
 
@@ -112,16 +111,12 @@ def test_a_precision_that_brings_nothing_is_said(monkeypatch):
     assert notes[-1] == "Products in bf16 are no faster on this machine; these are in float32."
 
 
-def test_the_way_to_multiply_is_not_measured_for_a_short_run(monkeypatch):
-    """So that its bits don't hang on what else the machine does."""
-    monkeypatch.setattr(trainer_module, "choose_route", lambda *_: products.ROUTES["bf16"])
-    short, long = (Trainer(recipe_of("standard", precision="bf16", tokens=tokens), "cpu") for tokens in (BATCH, 10**8))
-    assert short.choose_products() == [
-        "Products in bf16 are not worth measuring for so short a run; these are in float32."
-    ]
-    assert short.state_dict()[0]["route"] == "float32"
-    assert long.choose_products() == []
-    assert long.state_dict()[0]["route"] == "bf16"
+def test_a_short_run_and_a_long_one_multiply_in_the_same_way(monkeypatch):
+    choose("bf16", monkeypatch)
+    for tokens in (BATCH, 10**8):
+        sae_trainer = Trainer(recipe_of("standard", precision="bf16", tokens=tokens), "cpu")
+        assert sae_trainer.choose_products() == []
+        assert sae_trainer.state_dict()[0]["route"] == "bf16"
 
 
 def test_training_does_without_the_compiler_of_torch(monkeypatch):

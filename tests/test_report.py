@@ -21,7 +21,9 @@ from fastcache.stages.train.run import train
 from fastcache.stages.train.sweep import sweep
 from fastcache.stages.train.sweep_config import sweep_config
 
-BASE = {"layer": 1, "batch_size": 64, "tokens": 64 * 40, "buffer_tokens": 512, "expansion": 4, "log_every": 5}
+BASE = {
+    "layer": 1, "batch_size": 64, "tokens": 64 * 40, "buffer_tokens": 512, "expansion": 4, "log_every": 5, "dead_window": 20,
+}  # fmt: skip
 REASON = "Training became NaN <b>or</b> infinite at step 12."
 
 

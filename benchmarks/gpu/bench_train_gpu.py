@@ -202,9 +202,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
     speed = bandwidth(device, arguments.rounds, 10**6 if arguments.tiny else 10**9)
-    print(
-        f"memory: {speed / 1e12:.3f} TB/s by a copy; probe for float32: {choose_route('float32', device, 896, 7168).name}"
-    )
+    print(f"memory: {speed / 1e12:.3f} TB/s by a copy; probe for float32: {choose_route('float32', device).name}")
     if device.type == "cuda" and (why := gpu.trouble(device)):
         print(f"Triton's kernels are left out: {why}")
     if not importlib.util.find_spec("sae_lens"):

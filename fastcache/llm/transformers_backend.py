@@ -8,7 +8,6 @@ The residual stream is taken by a hook on the decoder layer: `output_hidden_stat
 layer would give the tensor after the final norm instead.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,10 +20,6 @@ from fastcache.llm.backend import Residuals, TokenIds, default_pack_tokens
 from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_base_model, load_config, quiet
 from fastcache.llm.packed_attention import NAME, Segments, UnknownAttentionError, register
 from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
-
-# MKL picks its float32 kernels by the number of rows and of threads, and they round differently: a sequence would
-# depend on its neighbours in the last bit. Strict mode ends that at no cost seen. MKL asks once, at its first product.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECK_LENGTHS = (40, 1, 150, 3, 14, 4, 5, 15, 31, 63)

@@ -15,6 +15,7 @@ from fastcache.files import read_json, read_json_lines, require_fields
 from fastcache.progress import Progress
 from fastcache.stages.report.tables import figure, main_figures
 from fastcache.stages.train.config import ShuffleConfig
+from fastcache.stages.train.log import in_words, measured_on
 from fastcache.stages.train.order import mixed_order
 from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
 
@@ -152,8 +153,7 @@ def show_sae(console: Console, path: Path) -> None:
     rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
     if lines := read_json_lines(path / "metrics.jsonl"):
         last = lines[-1]
-        figures = f"L0 {last['l0']:.1f}, FVU {figure(last['fvu'], 4)}, dead {last['dead_latents']}"
-        rows.append((f"step {last['step']}", f"loss {last['loss']:.4g}, {figures}"))
+        rows.append((f"step {last['step']:,}", f"{in_words(last)} (on {measured_on(last)})"))
     console.print(_facts(f"SAE {path}", rows))
 
 

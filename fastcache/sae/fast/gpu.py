@@ -1,5 +1,6 @@
 """The passes of a step on a GPU, by Triton. Used only where they were seen to agree with torch's operations."""
 
+import errno
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcache.errors import SpaceError
 from fastcache.sae.fast.buffers import Buffers
 from fastcache.sae.fast.dense import Forward, TorchOps
+from fastcache.sae.fast.threads import compiles, numba
 
 ROWS, COLUMNS = 16, 128
 """Of a tile."""
@@ -16,6 +19,8 @@ N_GROUPS = 64
 VECTOR_COLUMNS = 1024
 """A vector is updated in rows of so many numbers."""
 TOLERANCE = 1e-4
+
+PASSING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO)
 
 
 @cache
@@ -103,14 +108,35 @@ def adam_rows(
 def trouble(device: torch.device) -> str | None:
     """Why the kernels can't be used on `device`; None: they can.
 
-    They are compared with torch's operations first: a Triton that doesn't fit the driver or the card fails in many ways.
+    They are compared with torch's operations first: a Triton that doesn't fit the driver or the card fails in many ways. Raises
+    `SpaceError` for what is wrong at this moment only: without the kernels the run would have other bits than tomorrow.
     """
     if device.type != "cuda":
         return "they are for CUDA"
     try:
         return None if agree(device) else "they don't agree with torch's operations here"
     except Exception as error:  # whatever is wrong with them, torch's operations do
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not _passes_by(error):
+            return reason
+        raise SpaceError(
+            f"The GPU kernels can't be tried on {device}: {reason}. Free some memory of the GPU and space on the disk, and run "
+            "the same command again."
+        ) from error
+
+
+def _passes_by(error: Exception) -> bool:
+    """Whether `error` says something about this moment, and not about this machine."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, OSError) and error.errno in PASSING_ERRORS
+    )
+
+
+def passes(device: torch.device) -> str:
+    """By what the passes of a fast step are made on `device`: triton, numba or torch."""
+    if device.type == "cuda":
+        return "torch" if trouble(device) else f"triton {_kernels().triton.__version__}"
+    return f"numba {numba.__version__}" if compiles and device.type == "cpu" else "torch"
 
 
 def agree(device: torch.device) -> bool:

@@ -1,32 +1,34 @@
-"""Ways for torch to multiply matrices, and a probe that picks the fastest one that is exact enough here.
+"""Ways for torch to multiply matrices, and the rule by which a machine gets one of them.
 
 On some CPUs oneDNN multiplies float32 twice as fast as MKL does, and is reached by a switch that is meant for bfloat16; on
-others the same switch really rounds to bfloat16. TF32 is the same question on a GPU, and bfloat16 products run fast where the
-hardware has them and are hundreds of times slower where it hasn't. So every way is measured, and its error first.
+others the same switch really rounds to bfloat16. TF32 is the same question on a GPU, and bfloat16 products are fast where the
+hardware has them and hundreds of times slower where it has not.
+
+The way decides the last bits of an SAE. So the rule looks at the machine alone: at what hardware it has, and at the error
+of a product of fixed matrices. It measures no time, because a time depends on what else the machine does.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+
+from fastcache.sae.fast.cpu import this_cpu
 
 ERROR_LIMITS = {"float32": 1e-6, "tf32": 2e-3, "bf16": 1e-2}
 """By `--precision`: largest Frobenius norm of a product's error, relative to that of the product in float64."""
 
-REPEATS = 5
-CLEARLY_FASTER = 0.75
-"""Less isn't worth a choice that hangs on the time of day: two runs with one seed should give the same bits."""
+AMD, WIDE_FAMILY = "AuthenticAMD", 26
+"""AMD's CPUs from this family on (Zen 5) have 512-bit multipliers. MKL leaves them half idle and oneDNN uses them: 225 instead
+of 105 GFLOP/s a core. On the family before, which splits 512-bit operations, both run at about 100 (docs/benchmarks/train.md).
+"""
 
-WORTH_MEASURING = 2e9
-"""Tokens x d_in x d_sae of a run. The products of a shorter one take no longer than those that would be measured, and it
-can do without a choice that hangs on the time of day."""
+BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Extensions of x86 and ARM that multiply bfloat16."""
 
-HOPELESS = 3.0
-"""A way that takes so many times as long in the first round isn't measured further."""
+AMPERE = (8, 0)
+"""Compute capability of the first GPUs with TF32 and bfloat16 products."""
 
 
 class Route(NamedTuple):
@@ -84,57 +86,37 @@ def product_error(route: Route, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(128, 512, generator=generator).to(device) for _ in range(2))
     with route.active(device):
-        found = a.to(route.dtype) @ b.to(route.dtype).T
+        product = a.to(route.dtype) @ b.to(route.dtype).T
     exact = a.double() @ b.double().T
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((product.double() - exact).norm() / exact.norm())
 
 
-@cache
-def choose_route(precision: str, device: torch.device, d_in: int, d_sae: int) -> Route:
-    """The fastest way to multiply on `device` whose error is within `ERROR_LIMITS[precision]`.
+def choose_route(precision: str, device: torch.device) -> Route:
+    """The way to multiply on `device` whose error is within `ERROR_LIMITS[precision]`; the same whenever it is asked for."""
+    return next((r for r in _faster(precision, device) if within_limit(r, precision, device)), PLAIN)
 
-    The plain way stays unless another is clearly faster. The choice depends on the time of day: it is made once in a process,
-    and kept for a resumed run.
-    """
-    within = [r for r in candidates(device) if product_error(r, device) <= ERROR_LIMITS[precision]]
-    if len(within) < 2:
-        return PLAIN
-    times = _times(within, device, _factors(device, min(max(d_in, 256), 1024), min(max(d_sae, 2048), 4096)))
-    best = min(times, key=lambda route: times[route])
-    return best if times[best] < times[PLAIN] * CLEARLY_FASTER else PLAIN
+
+def within_limit(route: Route, precision: str, device: torch.device) -> bool:
+    """Whether the error of `route` on `device` is one that `precision` allows."""
+    return product_error(route, device) <= ERROR_LIMITS[precision]
+
+
+def _faster(precision: str, device: torch.device) -> list[Route]:
+    """The ways that the hardware of `device` makes clearly faster than the plain one, the fastest first."""
+    names = []
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE:
+        names = {"bf16": ["bf16", "tf32"], "tf32": ["tf32"]}.get(precision, [])
+    if device.type == "cpu":
+        cpu = this_cpu()
+        if precision == "bf16" and cpu.features & BF16_FEATURES:
+            names.append("bf16")
+        if cpu.vendor == AMD and cpu.family >= WIDE_FAMILY and "avx512f" in cpu.features:
+            names.append("onednn")
+    there = candidates(device)
+    return [ROUTES[name] for name in names if ROUTES[name] in there]
 
 
 def confirm_route(name: str, precision: str, device: torch.device) -> Route | None:
     """The way that a checkpoint names, if it is exact enough on this machine too."""
-    found = next((route for route in candidates(device) if route.name == name), None)
-    return found if found and product_error(found, device) <= ERROR_LIMITS[precision] else None
-
-
-def _factors(device: torch.device, d_in: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    n = 256
-    return tuple(torch.randn(shape, device=device) for shape in ((n, d_in), (d_sae, d_in), (n, d_sae)))  # type: ignore[return-value]
-
-
-def _times(routes: list[Route], device: torch.device, factors: tuple[Tensor, Tensor, Tensor]) -> dict[Route, float]:
-    """Least seconds of a step's three kinds of product, as other work only adds. All take turns: it may come and go."""
-
-    def products(x: Tensor, weights: Tensor, latent_acts: Tensor) -> None:
-        _ = x @ weights.T, latent_acts @ weights, latent_acts.T @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    given = {route: [factor.to(route.dtype) for factor in factors] for route in routes}
-    least = dict.fromkeys(routes, float("inf"))
-    for number in range(REPEATS + 1):
-        for route in routes:
-            if number and least[route] > least[PLAIN] * HOPELESS:
-                continue
-            with route.active(device):
-                least[route] = min(least[route], _seconds(lambda route=route: products(*given[route])))  # type: ignore[misc]
-    return least
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    route = next((route for route in candidates(device) if route.name == name), None)
+    return route if route and within_limit(route, precision, device) else None

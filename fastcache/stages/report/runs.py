@@ -11,6 +11,8 @@ from fastcache.files import read_json, read_json_lines, require_fields
 MOST_POINTS, FEWEST_POINTS, POINTS_OF_ALL = 400, 40, 20_000
 """Points of a run's curve, at most and at least, and of all runs together: the page stays at a few MB."""
 CURVES = ("loss", "fvu", "l0", "dead_latents")
+MAY_BE_UNKNOWN = ("fvu", "dead_latents")
+"""A batch of equal rows has no FVU; which latents are dead is known once the first window is over."""
 HIDDEN = ("resolved", "cache_fingerprint", "device")
 COMMANDS = ("train", "sweep")
 
@@ -191,7 +193,7 @@ def _lines(path: Path, n_points: int) -> Lines:
     for line in lines:
         for name in ("step", *CURVES):
             value = line.get(name)
-            if not isinstance(value, (int, float)) and not (name == "fvu" and value is None):
+            if not isinstance(value, (int, float)) and not (name in MAY_BE_UNKNOWN and value is None):
                 raise FormatError(f"{path}: {name} should be a number, found {value!r}. The file is damaged.")
     return lines
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastcache.errors import FormatError, IntegrityError
 from fastcache.files import fsync_directory, fsync_tree, read_json, require_fields, write_json_atomic
+from fastcache.sae.fast.cpu import this_cpu
+from fastcache.sae.fast.gpu import passes
 from fastcache.sae.storage import require_finite
 from fastcache.stages.train.stream import MixingBuffer
 from fastcache.stages.train.trainer import Trainer
@@ -29,6 +31,8 @@ def numerics(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_model": this_cpu().model,
+        "passes": passes(torch.device(device)),
         "MKL_CBWR": os.environ.get("MKL_CBWR", ""),
         "matmul": torch.get_float32_matmul_precision(),
         "mkldnn_matmul": str(torch.backends.mkldnn.matmul.fp32_precision),  # type: ignore[attr-defined]
@@ -97,4 +101,4 @@ def load_checkpoint(out: Path, step: int, run: Run, stream: bool = True) -> list
         raise IntegrityError(f"The checkpoint {folder} can't be read ({error}).") from error
     run.load_state_dict(scalars, tensors, stream)
     now, then = numerics(run.device), scalars["numerics"]
-    return [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+    return [f"{name} {then[name]} -> {value}" for name, value in now.items() if name in then and then[name] != value]

@@ -1,18 +1,18 @@
 """One SAE in training, with its output directory: log, checkpoints, result. A sweep has many on one stream of batches."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fastcache.errors import NonFiniteError
-from fastcache.files import read_json_lines, write_bytes_atomic, write_json_atomic
-from fastcache.sae.storage import save_sae
+from fastcache.files import write_json_atomic
+from fastcache.sae.storage import require_finite, save_sae
 from fastcache.stages.train.checkpoint import Run, save_checkpoint
+from fastcache.stages.train.log import METRICS_FILE, Line, add_line, cut_log, in_words
 from fastcache.stages.train.order import Numbers
+from fastcache.stages.train.saved_figures import saved_figures
 from fastcache.stages.train.stream import MixingBuffer
-from fastcache.stages.train.task import FAILED_FILE, METRICS_FILE, Task, to_tensor
+from fastcache.stages.train.task import FAILED_FILE, Task, to_tensor
 from fastcache.stages.train.trainer import Trainer
 from fastcache.stages.train.watch import EVENTS_FILE, LossWatch
 
@@ -26,7 +26,7 @@ class Member:
         self.trainer = Trainer(task.recipe, task.device)
         watch = LossWatch(task.cache, task.hook, out, 1 if task.device == "cpu" else config.log_every)
         self.run = Run(self.trainer, buffer, watch, task.device)
-        self.line: dict[str, Any] = {}
+        self.line: Line = {}
         """The last line of the metrics log."""
 
     @property
@@ -37,7 +37,7 @@ class Member:
     def begin(self) -> list[str]:
         """To be called once it is initialised or loaded; returns what the user should know."""
         for name in (METRICS_FILE, EVENTS_FILE):
-            _cut_log(self.out / name, self.trainer.step_number)
+            cut_log(self.out / name, self.trainer.step_number)
         return self.trainer.choose_products()
 
     def step(self, x: Tensor, numbers: Numbers) -> None:
@@ -45,15 +45,15 @@ class Member:
         trainer, watch = self.trainer, self.run.watch
         figures = trainer.step(x)
         watch.add(trainer.step_number, figures.loss, numbers)
-        is_last = trainer.step_number == trainer.n_steps
-        if is_last:
+        if self.is_trained:
             watch.look()
-        if is_last or trainer.step_number % self.task.config.log_every == 0:
-            self.line = trainer.figures(x, figures)
-            with (self.out / METRICS_FILE).open("a") as log:
-                log.write(json.dumps(self.line) + "\n")
-        if is_last:
-            self._save()
+            self._finish(trainer.figures(x, figures))
+        elif trainer.step_number % self.task.config.log_every == 0:
+            self._log(trainer.figures(x, figures))
+
+    def _log(self, line: Line) -> None:
+        self.line = line
+        add_line(self.out / METRICS_FILE, line)
 
     def checkpoint(self) -> None:
         """Write the state of this moment; raises `NonFiniteError`."""
@@ -64,27 +64,19 @@ class Member:
         """Leave a note of why it stopped."""
         write_json_atomic(self.out / FAILED_FILE, {"step": self.trainer.step_number, "reason": str(error)})
 
-    def _save(self) -> None:
-        buffer = self.run.buffer
-        info = self.task.provenance(self.trainer.scale)
-        selection = self.task.selection.as_json(buffer.n_read, buffer.n_too_large)
-        info["tokens"] = {"of": self.task.config.tokens_of, **selection}
+    def _finish(self, line: Line) -> None:
+        """Measure the SAE as it is saved, put that into the last `line` of the log, and save it."""
+        buffer, task = self.run.buffer, self.task
+        sample = to_tensor(buffer.spread_rows, task.cache.manifest.dtype, task.device)
+        sae = self.trainer.trained(sample)
+        require_finite(sae)
+        self._log(line | saved_figures(sae, sample))
+        info = task.provenance(self.trainer.scale)
+        info["tokens"] = {"of": task.config.tokens_of, **task.selection.as_json(buffer.n_read, buffer.n_too_large)}
         if buffer.skipped:
             info["skipped_units"] = list(buffer.skipped.values())
-        sample = to_tensor(buffer.spread_rows, self.task.cache.manifest.dtype, self.task.device)
-        save_sae(self.out, self.trainer.trained(sample), info)
+        save_sae(self.out, sae, info)
 
     def note(self) -> str:
         """The last figures in a few words."""
-        if not self.line:
-            return ""
-        line = self.line
-        fvu = "-" if line["fvu"] is None else f"{line['fvu']:.3f}"
-        return f"loss {line['loss']:.4g}  L0 {line['l0']:.1f}  FVU {fvu}  dead {line['dead_latents']}"
-
-
-def _cut_log(path: Path, step_number: int) -> None:
-    """Drop the lines of steps after the checkpoint: they are done again."""
-    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step_number]
-    if kept or path.exists():
-        write_bytes_atomic(path, "".join(kept).encode())
+        return in_words(self.line) if self.line else ""

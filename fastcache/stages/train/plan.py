@@ -107,6 +107,7 @@ def make_plan(config: TrainConfig) -> Plan:
 def _time_step(recipe: Recipe, device: str) -> float:
     """Median time of a step on random rows, after one that isn't counted."""
     trainer = Trainer(recipe, device)
+    trainer.choose_products()
     x = torch.randn(recipe.batch_size, recipe.d_in, generator=torch.Generator().manual_seed(0)).to(device)
     trainer.initialise(x)
     times = []

@@ -28,7 +28,7 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
     Raises `InputError` for a cache that can't serve, `MismatchError` if `out` was begun otherwise, `NonFiniteError`.
     """
     task = prepare_task(config)
-    with task.output(out, fresh):
+    with task.output(out, progress, fresh):
         if (out / INFO_FILE).exists():
             progress.say(f"{out} is trained; nothing to do (--fresh starts over).")
             return load_sae(out)[1]

@@ -25,6 +25,7 @@ from fastcache.stages.train.plan import buffer_bytes, member_bytes
 from fastcache.stages.train.run import begin, say_selection, train_together
 from fastcache.stages.train.sweep_config import SweepConfig
 from fastcache.stages.train.task import FAILED_FILE, Task, prepare_task
+from fastcache.stages.train.threads import THREADS_FILE, kept_threads
 
 SWEEP_FILE = "sweep.json"
 SHARE_OF_FREE = 0.8
@@ -119,10 +120,10 @@ def sweep(config: SweepConfig, out: Path, progress: Progress, fresh: bool = Fals
     A member that fails stops alone; the reason is kept in its folder. Raises what `plan_sweep` raises.
     """
     settings = {"members": {name: as_dict(member) for name, member in config.members.items()}}
-    owned = (SWEEP_FILE, *config.members)
+    owned = (SWEEP_FILE, THREADS_FILE, *config.members)
     plan = plan_sweep(config)  # what is wrong is told before anything is written
     free = [f"members.{name}.{setting}" for name in config.members for setting in FREE_ON_RESUME]
-    with output_directory(out, "sweep", settings, owned, free=free, fresh=fresh):
+    with output_directory(out, "sweep", settings, owned, free=free, fresh=fresh), kept_threads(out, progress):
         path = out / SWEEP_FILE
         if path.exists():  # those who were trained together go on together, whatever is free now
             plan = Plan(plan.tasks, read_json(path)["passes"])
@@ -152,7 +153,7 @@ def _train_pass(tasks: Tasks, out: Path, progress: Progress, number: str) -> Non
     """Train the members that aren't done yet on one stream."""
     with ExitStack() as stack:
         for name, task in tasks.items():
-            stack.enter_context(task.output(out / name, fresh=False))
+            stack.enter_context(task.output(out / name, progress))
         todo = [name for name in tasks if _state(out / name)["state"] == "waiting"]
         if not todo:
             return
@@ -169,3 +170,6 @@ def _train_pass(tasks: Tasks, out: Path, progress: Progress, number: str) -> Non
         steps = max(member.trainer.n_steps for member in members)
         with progress.task(f"pass {number}", steps * first.recipe.batch_size, "tokens") as shown:
             train_together(members, shown, failed)
+        for member in members:
+            if _state(member.out)["state"] == "trained":
+                progress.say(f"{member.out.name}: {member.note()}")

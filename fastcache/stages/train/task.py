@@ -17,17 +17,20 @@ from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.errors import InputError
 from fastcache.files import fingerprint
+from fastcache.progress import Progress
 from fastcache.rundir import output_directory, require_space
 from fastcache.stages.train.config import FREE_ON_RESUME, TrainConfig
+from fastcache.stages.train.log import METRICS_FILE
 from fastcache.stages.train.order import require_batch, rows_of_units
 from fastcache.stages.train.recipe import Recipe, resolve
 from fastcache.stages.train.selection import Selection, select_rows
 from fastcache.stages.train.stream import MixingBuffer, read_units
+from fastcache.stages.train.threads import THREADS_FILE, kept_threads
 from fastcache.stages.train.watch import EVENTS_FILE
 
 SAMPLE_UNITS, SAMPLE_ROWS = 32, 4096
-METRICS_FILE, FAILED_FILE = "metrics.jsonl", "failed.json"
-OWNED = ("checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, "evaluation.json")
+FAILED_FILE = "failed.json"
+OWNED = ("checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, THREADS_FILE, "evaluation.json")
 
 
 def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
@@ -85,8 +88,8 @@ class Task:
         return to_tensor(np.concatenate(found), cache.manifest.dtype, self.device)
 
     @contextmanager
-    def output(self, out: Path, fresh: bool) -> Iterator[None]:
-        """Hold `out` as the output of this run; see `output_directory` for what is refused."""
+    def output(self, out: Path, progress: Progress, fresh: bool = False) -> Iterator[None]:
+        """Hold `out` as the output of this run, and compute as it began; see `output_directory` for what is refused."""
         recipe = self.recipe
         settings = {
             **as_dict(self.config),
@@ -96,7 +99,10 @@ class Task:
         parameters = 2 * recipe.d_sae * recipe.d_in
         copies = 4 + 3 * self.config.keep_checkpoints
         require_space(out, 4 * parameters * copies, "An SAE of this size with its checkpoints")
-        with output_directory(out, "train", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
+        with (
+            output_directory(out, "train", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh),
+            kept_threads(out, progress),
+        ):
             yield
 
     def provenance(self, scale: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastcache.sae.architectures import (
 )
 from fastcache.sae.fast import gpu
 from fastcache.sae.fast.adam import FastAdam
-from fastcache.sae.fast.products import PLAIN, WORTH_MEASURING, choose_route, confirm_route
+from fastcache.sae.fast.products import PLAIN, choose_route, confirm_route
 from fastcache.sae.fast.step import fast_step
 from fastcache.sae.fast.threads import compiles
 from fastcache.sae.init import geometric_median, initialise, thresholds_for
@@ -72,15 +72,12 @@ class Trainer:
         recipe, notes = self.recipe, []
         if why_not := self._not_compiled():
             notes.append(f"Steps run in torch operations alone, which takes longer: {why_not}.")
-        is_short = recipe.batch_size * self.n_steps * recipe.d_in * recipe.d_sae < WORTH_MEASURING
         if self._fast and not self._route_is_chosen:
-            if not is_short:
-                self._fast.route = choose_route(recipe.precision, self.sae.b_dec.device, recipe.d_in, recipe.d_sae)
+            self._fast.route = choose_route(recipe.precision, self.sae.b_dec.device)
             self._route_is_chosen = True
         used = self._fast.route if self._fast else PLAIN
         if recipe.precision not in ("float32", used.name):
-            reason = "not worth measuring for so short a run" if is_short else "no faster on this machine"
-            why = reason if self._fast else f"not used by {recipe.arch}"
+            why = "no faster on this machine" if self._fast else f"not used by {recipe.arch}"
             notes.append(f"Products in {recipe.precision} are {why}; these are in {used.name}.")
         return notes
 
@@ -153,6 +150,10 @@ class Trainer:
     def _is_dead(self) -> Tensor:
         return self.step_number - self._last_fired > self.recipe.dead_window
 
+    def _count_dead(self) -> int | None:
+        """Dead latents; None before so many steps were made that one can be dead."""
+        return int(self._is_dead().sum()) if self.step_number > self.recipe.dead_window else None
+
     def figures(self, x: Tensor, figures: StepFigures) -> dict[str, float | None]:
         """The line of the metrics log for the step just done on x `[n, d_in]`; errors are in units of the activations.
 
@@ -169,7 +170,7 @@ class Trainer:
             "aux": float(figures.aux),
             "l0": float(figures.l0),
             "fvu": squared_error / variance if variance > NEGLIGIBLE * float(x.square().sum(1).mean()) else None,
-            "dead_latents": int(self._is_dead().sum()),
+            "dead_latents": self._count_dead(),
             "learning_rate": self._rate.at(self.step_number - 1),
         }
 

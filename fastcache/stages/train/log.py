@@ -1,0 +1,42 @@
+"""The metrics log of a run, `metrics.jsonl`: a line of figures every `--log-every` steps.
+
+The figures of a line are those of its step, on the training batch and in training mode. In the last line `l0`, `mse` and `fvu`
+are those of the SAE that is saved, on `saved_sae_rows` rows of those that it was trained on.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastcache.files import read_json_lines, write_bytes_atomic
+
+METRICS_FILE = "metrics.jsonl"
+
+Line = dict[str, Any]
+
+
+def add_line(path: Path, line: Line) -> None:
+    """Append `line` to the log `path`."""
+    with path.open("a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def cut_log(path: Path, step_number: int) -> None:
+    """Drop the lines of steps after `step_number`, the checkpoint's: they are done again."""
+    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step_number]
+    if kept or path.exists():
+        write_bytes_atomic(path, "".join(kept).encode())
+
+
+def in_words(line: Line) -> str:
+    """The figures of a line for people."""
+    fvu = "-" if line["fvu"] is None else f"{line['fvu']:.4f}"
+    dead = "not known yet" if line["dead_latents"] is None else f"{line['dead_latents']:,}"
+    subject = f"loss {line['loss']:.4g}," if line.get("saved_sae_rows") is None else "saved SAE:"
+    return f"{subject} L0 {line['l0']:.1f}, FVU {fvu}, dead {dead}"
+
+
+def measured_on(line: Line) -> str:
+    """The rows that the figures of a line are measured on."""
+    rows = line.get("saved_sae_rows")
+    return "the last training batch" if rows is None else f"{rows:,} of the rows that it was trained on"
