@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastcache.errors import NonFiniteError
-from fastcache.files import read_json_lines, write_bytes_atomic, write_json_atomic
+from fastcache.files import append_to_log, flush_log, read_json_lines, write_bytes_atomic, write_json_atomic
 from fastcache.sae.storage import save_sae
 from fastcache.stages.train.checkpoint import Run, save_checkpoint
 from fastcache.stages.train.order import Numbers
@@ -50,19 +50,24 @@ class Member:
             watch.look()
         if is_last or trainer.step_number % self.task.config.log_every == 0:
             self.line = trainer.figures(x, figures)
-            with (self.out / METRICS_FILE).open("a") as log:
-                log.write(json.dumps(self.line) + "\n")
+            append_to_log(self.out / METRICS_FILE, (json.dumps(self.line) + "\n").encode(), durable=False)
         if is_last:
             self._save()
 
     def checkpoint(self) -> None:
         """Write the state of this moment; raises `NonFiniteError`."""
         self.run.watch.look()
+        self._flush_logs()
         save_checkpoint(self.out, self.run, self.task.config.keep_checkpoints)
 
     def failed(self, error: NonFiniteError) -> None:
         """Leave a note of why it stopped."""
         write_json_atomic(self.out / FAILED_FILE, {"step": self.trainer.step_number, "reason": str(error)})
+
+    def _flush_logs(self) -> None:
+        """Make the lines of the steps so far durable: what is written next says that these steps are done."""
+        for name in (METRICS_FILE, EVENTS_FILE):
+            flush_log(self.out / name)
 
     def _save(self) -> None:
         buffer = self.run.buffer
@@ -71,6 +76,7 @@ class Member:
         info["tokens"] = {"of": self.task.config.tokens_of, **selection}
         if buffer.skipped:
             info["skipped_units"] = list(buffer.skipped.values())
+        self._flush_logs()
         save_sae(self.out, self.trainer.trained(), info)
 
     def note(self) -> str:

@@ -27,7 +27,7 @@ from fastcache.stages.train.watch import EVENTS_FILE
 
 SAMPLE_UNITS, SAMPLE_ROWS = 32, 4096
 METRICS_FILE, FAILED_FILE = "metrics.jsonl", "failed.json"
-OWNED = ("checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, "evaluation.json")
+OWNED = ("sae.json", "checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, "evaluation.json")
 
 
 def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
