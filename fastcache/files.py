@@ -1,13 +1,19 @@
-"""Files that are whole or absent: strict JSON, atomic replacement, fsync."""
+"""Files that are whole or absent: strict JSON, and everything that fastcache writes to a disk.
+
+Nothing else in fastcache opens a file for writing, renames one or flushes one: the order of these operations, which
+decides what a crash leaves, and the words for a disk that is full stand here once.
+"""
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
+from fastcache.disk import disk_errors
 from fastcache.errors import FormatError
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -102,6 +108,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def fsync_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_directory(path: Path) -> None:
     """Make renames and new names in `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -112,33 +124,145 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Flush every file and folder below `root`, and `root` itself, to disk."""
+    """Make every file and folder below `root`, and `root` itself, durable."""
     for folder, _, names in os.walk(root):
         for name in names:
-            with Path(folder, name).open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(Path(folder, name))
         fsync_directory(Path(folder))
 
 
+def make_directory(path: Path) -> None:
+    """Create a folder, and those above it, so that a crash can't take it away with what is written into it later."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_directory(path.parent)
+    with disk_errors(path):
+        path.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # a folder in which one may write, but which one may not open
+            fsync_directory(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file of a folder that is still being built: `publish_folder` makes all of it durable."""
+    with create_file(path) as file:
+        file.write(data)
+
+
+def create_file(path: Path) -> BinaryIO:
+    """Open a new file of a folder that is still being built; the caller turns errors into ours and closes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("wb")
+
+
+def open_lock(path: Path) -> TextIO:
+    """Open the file whose lock keeps two processes apart; it holds nothing, so that it need not be durable."""
+    with disk_errors(path):
+        return path.open("w")
+
+
+def publish_folder(folder: Path, final: Path) -> None:
+    """Make a finished folder durable and give it the name `final`, beside it, in the place of anything there."""
+    with disk_errors(final):
+        fsync_tree(folder)
+        remove(final)
+        folder.rename(final)
+        fsync_directory(final.parent)
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `path` at the end of the block: a crash leaves the old file or the new."""
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `final` at the end of the block: a crash leaves all of it or nothing.
+
+    Raises `SpaceError` or `StorageError` if the disk fails; then the new folder has given its space back.
+    """
+    folder = final.with_name(".tmp")
+    with disk_errors(final):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        publish_folder(folder, final)
+
+
+@contextmanager
+def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` at the end of the block: a crash leaves the old file or the new.
+
+    Without `durable` that holds for killed processes only, not for a machine that loses its power. Raises `SpaceError`
+    or `StorageError` if the disk fails; then the old file is still there, and the new one has given its space back.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:  # a full disk gets its space back
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+    with disk_errors(path):
+        try:
+            yield temporary
+            if durable:
+                fsync_file(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            fsync_directory(path.parent)
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves either the old file or the new one."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
+def write_bytes_atomic(path: Path, data: bytes, durable: bool = True) -> None:
+    """Replace `path` by `data` so that a crash leaves either the old file or the new one; see `atomic_file`."""
+    with atomic_file(path, durable) as temporary, temporary.open("wb", buffering=0) as file:
+        _write_all(file.fileno(), data)
+
+
+def append_to_log(path: Path, data: bytes, size: int | None = None, durable: bool = True) -> None:
+    """Add `data` to a log behind its first `size` bytes, or at its end; the log is created if it is missing.
+
+    Where the disk fails, the log keeps what it had, without a torn line. Without `durable` the lines are safe only once
+    `flush_log` was called. Raises `SpaceError` or `StorageError`.
+    """
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            start = os.fstat(descriptor).st_size if size is None else size
+            os.ftruncate(descriptor, start)
+            os.lseek(descriptor, start, os.SEEK_SET)
+            try:
+                _write_all(descriptor, data)
+                if durable:
+                    os.fsync(descriptor)
+            except BaseException:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, start)
+                raise
+        finally:
+            os.close(descriptor)
+        if durable:
+            fsync_directory(path.parent)
+
+
+def flush_log(path: Path) -> None:
+    """Make all lines of a log durable, if there is one."""
+    if path.exists():
+        with disk_errors(path):
+            fsync_file(path)
+            fsync_directory(path.parent)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`: a disk that is nearly full takes a part of it, and only the next call says why."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def readable_json(value: Any) -> bytes:

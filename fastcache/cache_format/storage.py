@@ -5,7 +5,6 @@ behind the interface; so does what object stores need instead (range requests, c
 """
 
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastcache.errors import FastcacheError, FormatError, IntegrityError, StorageError
-from fastcache.files import fsync_directory, fsync_tree, write_bytes_atomic
+from fastcache.files import append_to_log, make_directory, publish_folder, remove, write_bytes_atomic
 
 MAX_SMALL_FILE = 256 * 2**20
 """Bytes of the largest file that is read whole: a manifest, a log, a token array."""
@@ -127,40 +126,30 @@ class LocalStorage:
     def write(self, name: str, data: bytes) -> None:
         """See `Storage`."""
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_bytes_atomic(path, data)
 
     def append(self, name: str, old: bytes | bytearray, line: bytes) -> None:
         """See `Storage`; the caller holds the folder's lock, so nobody else writes."""
-        path = self.root / name
-        with path.open("r+b" if path.exists() else "w+b") as file:
-            file.truncate(len(old))
-            file.seek(len(old))
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        fsync_directory(self.root)
+        append_to_log(self.root / name, line, len(old))
 
     def workspace(self, name: str) -> Path:
         """See `Storage`; beside its goal, so that a rename puts it there."""
         folder = self.root / name
         folder = folder.with_name(f".{folder.name}.tmp")
-        _remove(folder)
-        folder.mkdir(parents=True)
+        remove(folder)
+        make_directory(folder.parent)
+        folder.mkdir()
         return folder
 
     def publish(self, workspace: Path, name: str) -> None:
         """See `Storage`."""
-        fsync_tree(workspace)
-        final = self.root / name
-        _remove(final)
-        workspace.rename(final)
-        fsync_directory(final.parent)
+        publish_folder(workspace, self.root / name)
 
     def clear_workspaces(self) -> None:
         """See `Storage`."""
         for leftover in [*self.root.glob(".*.tmp"), *self.root.glob("*/.*.tmp")]:
-            _remove(leftover)
+            remove(leftover)
 
     def zarr_store(self, folder: str) -> Any:
         """See `Storage`."""
@@ -178,14 +167,6 @@ def _disk_errors(path: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(f"{path} can't be read ({error.strerror}). Mend that and repeat the command.") from error
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _link(path: str | Path) -> IntegrityError:

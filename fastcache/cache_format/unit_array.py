@@ -20,6 +20,7 @@ from fastcache.cache_format.arrays import (
 )
 from fastcache.cache_format.schema import UNIT_ROWS, checksum_array, shard_rows
 from fastcache.errors import FormatError, IntegrityError
+from fastcache.files import create_file, write_file
 
 Rows = npt.NDArray[np.generic]
 
@@ -35,9 +36,7 @@ class Files:
 
     def write(self, name: str, data: bytes) -> None:
         """A whole file."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_file(self.folder / name, data)
         self.note(name, len(data), crc32c(data))
 
     def note(self, name: str, size: int, checksum: int) -> None:
@@ -56,9 +55,7 @@ class _Shard:
 
     def __init__(self, files: Files, name: str) -> None:
         self._files, self._name = files, name
-        path = files.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = create_file(files.folder / name)
         self._size = self._crc = self.n_units = 0
 
     def add(self, unit: memoryview) -> None:

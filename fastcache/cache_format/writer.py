@@ -5,7 +5,6 @@ removes. Nothing in a part depends on the time or the machine, so a repeated par
 statistics and the disk are the business of a thread of its own.
 """
 
-import errno
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -24,10 +23,10 @@ from fastcache.cache_format.part_writer import ArraysBuilder, Instance, PartBuil
 from fastcache.cache_format.schema import FORMAT_VERSION, MANIFEST_FILE, PARTS_FOLDER
 from fastcache.cache_format.storage import Storage, open_storage
 from fastcache.config import differences
-from fastcache.errors import FastcacheError, FormatError, MismatchError, SpaceError, StorageError
+from fastcache.disk import disk_error
+from fastcache.errors import FastcacheError, FormatError, MismatchError
 
 QUEUE_BYTES = 512 * 2**20
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def groups(format_version: str = FORMAT_VERSION) -> dict[str, bytes]:
@@ -54,10 +53,7 @@ def storage_errors(where: str) -> Iterator[None]:
     except FastcacheError:
         raise
     except OSError as error:
-        safe = "All earlier parts are safe; the same command goes on from there."
-        if error.errno in NO_SPACE:
-            raise SpaceError(f"{where}: the disk is full ({error.strerror}). Free some space. {safe}") from error
-        raise StorageError(f"{where} could not be read or written ({error}). {safe}") from error
+        raise disk_error(error, where, "All earlier parts are safe; the same command goes on from there.") from error
 
 
 class PartSink:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from fastcache.errors import FormatError, IntegrityError, NonFiniteError
-from fastcache.files import read_json, require_fields, write_bytes_atomic, write_json_atomic
+from fastcache.files import make_directory, read_json, require_fields, write_bytes_atomic, write_json_atomic
 from fastcache.sae.architectures import ARCHITECTURES, Sae
 
 SAE_FORMAT_VERSION = "2.0"
@@ -28,7 +28,7 @@ def require_finite(sae: Sae) -> None:
 def save_sae(folder: Path, sae: Sae, info: dict[str, Any]) -> None:
     """Write `sae` into `folder`; `info` says where its activations came from. The JSON is written last."""
     require_finite(sae)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     weights = {name: value.contiguous().cpu() for name, value in sae.state_dict().items()}
     write_bytes_atomic(folder / WEIGHTS_FILE, save(weights))
     shape = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "options": sae.options}

@@ -123,10 +123,6 @@ class Sae(nn.Module, ABC):
     def after_step(self) -> None:
         """What has to hold again after the optimiser has changed the parameters."""
 
-    @torch.no_grad()  # noqa: B027  most kinds have nothing of this sort
-    def calibrate(self, sample: Tensor) -> None:
-        """Set, once trained, what encoding needs and no gradient finds, on a sample `[n, d_in]` of the training rows."""
-
     @torch.no_grad()
     def calibrate(self, sample: Tensor) -> None:
         """Set, once trained, what encoding needs and no gradient finds, on a sample `[n, d_in]` of the training rows."""

@@ -13,7 +13,7 @@ from fastcache.rundir import RUN_FILE, check_same, new_run, output_directory
 from fastcache.stages.extract.config import FREE_ON_RESUME
 from fastcache.stages.extract.status import STATUS_FILE
 
-OWNED = ("zarr.json", "manifest.json", "parts.jsonl", "parts", STATUS_FILE)
+OWNED = ("manifest.json", "zarr.json", "parts.jsonl", "parts", STATUS_FILE)
 
 
 @contextmanager

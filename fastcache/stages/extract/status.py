@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastcache.files import write_bytes_atomic
 from fastcache.progress import Progress, Task
 
 STATUS_FILE = "status.json"
@@ -66,6 +67,5 @@ class Status:
             "units_failed": self.units_failed,
             "workers": {str(number): state for number, state in self.workers.items()},
         }
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(json.dumps(figures, indent=2) + "\n")  # not fsynced: it is of this moment only
-        temporary.replace(self.path)
+        # It is of this moment only, so that nobody need wait for the disk.
+        write_bytes_atomic(self.path, (json.dumps(figures, indent=2) + "\n").encode(), durable=False)

@@ -31,7 +31,7 @@ from fastcache.stages.interpret.tables import (
 )
 
 STATE_FILE = "state.safetensors"
-OWNED = (STATE_FILE, LATENTS_FILE, CONTEXTS_FILE, WINDOWS_FILE, ABOUT_FILE)
+OWNED = (LATENTS_FILE, STATE_FILE, CONTEXTS_FILE, WINDOWS_FILE, ABOUT_FILE)
 CHECKPOINT_EVERY = 500
 """Dialogues."""
 PROMOTED = 10

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastcache.files import atomic_file
 from fastcache.stages.prepare.kernels import U64, count_buckets, deal, walk
 from fastcache.stages.prepare.ngrams import Grams
 
@@ -43,9 +44,9 @@ def write_grams(path: Path, pieces: Sequence[Grams]) -> None:
     grams = np.empty((int(edges[-1]), 2), np.uint64)
     for piece in pieces:
         deal(*piece, shift, places, grams)
-    with path.open("wb") as file:
-        edges.tofile(file)
-        grams.tofile(file)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(edges.data)  # numpy's `tofile` doesn't say why a disk takes no more
+        file.write(grams.data)
 
 
 def _tied(hashes: U64) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcache.files import read_json, write_json_atomic
+from fastcache.files import make_directory, read_json, write_bytes_atomic, write_json_atomic
 from fastcache.progress import Progress
 from fastcache.stages.prepare.conflicts import (
     BYTES_PER_GRAM,
@@ -41,9 +41,7 @@ SMALL_JOB = 1 << 25
 def _range_pairs(files: list[GramFile], low: int, high: int, path: Path) -> None:
     """Write the pairs of one range of buckets, and the number of its groups."""
     pairs, n_groups = find_pairs(files, low, high)
-    temporary = path.with_suffix(".tmp")
-    pairs.tofile(temporary)
-    temporary.replace(path)
+    write_bytes_atomic(path, pairs.tobytes())
     write_json_atomic(path.with_suffix(".json"), {"n_groups": n_groups})
 
 
@@ -54,7 +52,7 @@ def find_repeats(
 
     The result depends neither on `n_workers` nor on `memory_bytes`. Ranges that an earlier run left are used again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     firsts = [0, *accumulate(chunk.n_rows for chunk in chunks)]
     files = [GramFile(chunk.grams_path, first) for chunk, first in zip(chunks, firsts, strict=False)]
     n_grams = sum(chunk.n_grams for chunk in chunks)

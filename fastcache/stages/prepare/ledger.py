@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastcache.files import atomic_file
 from fastcache.stages.prepare.staging import Chunk
 
 LEDGER_FILE = "ledger.parquet"
@@ -125,7 +126,7 @@ class Ledger:
             | {"repeats_source": pa.string(), "repeats_row": pa.int64()}
         )
         sources, outcomes = (pa.array(names, pa.string()) for names in (self.sources, self.outcomes))
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for start in range(0, len(self.source), ROWS_PER_GROUP):
                 rows = slice(start, start + ROWS_PER_GROUP)
                 repeated = self.repeats[rows]

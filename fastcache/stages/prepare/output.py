@@ -6,6 +6,7 @@ became of every input row.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcache.corpus import SCHEMA
-from fastcache.files import canonical_json
+from fastcache.disk import disk_errors
+from fastcache.files import atomic_file, canonical_json, make_directory
 from fastcache.progress import Progress
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.staging import Chunk
@@ -56,9 +58,15 @@ def write_rows(
     """Write the corpus files; `numbers` `[n]` holds each staged row's new number, or -1. Returns the fingerprint."""
     shards = list(_shards(bounds, out))
     firsts = np.array([first for first, _, _ in shards])
-    work.mkdir(parents=True, exist_ok=True)
-    writers = [pq.ParquetWriter(work / path.name, SCHEMA, compression="zstd") for _, _, path in shards]
-    with progress.task("deal rows to shards", len(numbers), "rows") as task:
+    make_directory(work)
+    with (
+        progress.task("deal rows to shards", len(numbers), "rows") as task,
+        disk_errors(work),
+        ExitStack() as stack,
+    ):
+        writers = [
+            stack.enter_context(pq.ParquetWriter(work / path.name, SCHEMA, compression="zstd")) for _, _, path in shards
+        ]
         start = 0
         for chunk in chunks:
             table = chunk.read(["source", "source_row", "messages", "text"])
@@ -69,15 +77,14 @@ def write_rows(
                 writers[shard].write_table(table.filter(pa.array(shard_of == shard)))
             start += chunk.n_rows
             task.advance(chunk.n_rows)
-    for writer in writers:
-        writer.close()
     digest = hashlib.sha256()
     with progress.task("write shards", len(shards), "shards") as task:
         for _, _, path in shards:
             table = pq.read_table(work / path.name, schema=SCHEMA).sort_by("row")
             for row in table.to_pylist():
                 digest.update(canonical_json(row).encode() + b"\n")
-            pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_GROUP)
+            with atomic_file(path) as temporary:
+                pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
             (work / path.name).unlink()
             task.advance(1)
     return digest.hexdigest()

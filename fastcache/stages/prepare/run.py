@@ -11,7 +11,7 @@ from fastcache.config import as_dict
 from fastcache.corpus import CORPUS_FILE, CORPUS_VERSION, Corpus
 from fastcache.errors import InputError
 from fastcache.extras import require_packages
-from fastcache.files import fsync_tree, read_json, write_json_atomic
+from fastcache.files import read_json, write_json_atomic
 from fastcache.llm.loading import ModelSource, load_tokenizer
 from fastcache.progress import Progress
 from fastcache.rundir import RUN_FILE, output_directory, require_space
@@ -27,7 +27,7 @@ from fastcache.stages.prepare.sources import RECIPES, Source, find_source, hub_r
 from fastcache.stages.prepare.staging import stage, worker_count
 
 WORK_FOLDER = ".work"
-OWNED = ("*.parquet", CORPUS_FILE, PAGE_FILE, WORK_FOLDER)
+OWNED = (CORPUS_FILE, "*.parquet", PAGE_FILE, WORK_FOLDER)
 
 
 def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = False) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
         if config.model:
             info["token_lengths"] = token_lengths(Corpus(out, info), config.model, progress)
         shutil.rmtree(out / WORK_FOLDER)
-        fsync_tree(out)
-        write_json_atomic(out / CORPUS_FILE, info)
+        write_json_atomic(out / CORPUS_FILE, info)  # last: it says that all is there
         try:
             progress.say(f"Report: {write_page(out)}")
         except InputError as error:  # the corpus is whole without its page

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from fastcache.files import read_json, write_json_atomic
+from fastcache.files import atomic_file, make_directory, read_json, write_json_atomic
 from fastcache.progress import Progress
 from fastcache.stages.prepare.columns import STAGED, SYSTEM, TEXT, CleanRows, Columns
 from fastcache.stages.prepare.config import PrepareConfig
@@ -125,7 +125,7 @@ def stage_chunk(parts: list[Part], index: int, folder: Path, config: PrepareConf
     grams = _hashed(rows, config, texts_too)
     chunk = Chunk(folder, index, len(rows.n_turns), sum(len(piece.hashes) for piece in grams))
     write_grams(chunk.grams_path, grams)
-    with pa.ipc.new_file(str(chunk.rows_path), STAGED) as file:
+    with atomic_file(chunk.rows_path) as temporary, pa.ipc.new_file(str(temporary), STAGED) as file:
         file.write_table(rows.table())
     write_json_atomic(folder / f"{index:06d}.json", {"n_rows": chunk.n_rows, "n_grams": chunk.n_grams})
     return chunk
@@ -145,7 +145,7 @@ def stage(
 
     Plain texts give n-grams only with `texts_too`: Algorithm 1 is for dialogues.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     n_workers = worker_count(config)
     chunks: list[Chunk] = []
     running: list[Future[Chunk]] = []

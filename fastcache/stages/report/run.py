@@ -11,7 +11,7 @@ from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
 from fastcache.extras import page_template, require_packages
-from fastcache.files import write_bytes_atomic
+from fastcache.files import make_directory, write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
 from fastcache.stages.report.paper import compared
 from fastcache.stages.report.runs import Run, read_runs
@@ -102,7 +102,7 @@ def _write_page(
         plots=_plots(found) if found else [],
     )
     path = Path(config.html)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_bytes_atomic(path, page.encode())
 
 

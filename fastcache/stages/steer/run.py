@@ -12,7 +12,7 @@ from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.errors import InputError
 from fastcache.extras import require_packages
-from fastcache.files import fingerprint, read_json_lines, require_fields, write_bytes_atomic
+from fastcache.files import append_to_log, fingerprint, read_json_lines, require_fields, write_bytes_atomic
 from fastcache.llm.backend import TokenIds
 from fastcache.llm.loading import ModelSource, known_model, load_tokenizer, require_chat_template
 from fastcache.progress import Progress
@@ -69,10 +69,9 @@ def steer(config: SteerConfig, out: Path, progress: Progress, fresh: bool = Fals
         todo = [each for each in wanted if each not in done]
         if todo:
             rows = _generated(config, sae, info["hook_point"], source, device, prompts, todo)
-            with progress.task("steer", len(todo), "generations") as task, path.open("a") as file, closing(rows):
+            with progress.task("steer", len(todo), "generations") as task, closing(rows):
                 for row in rows:
-                    file.write(_line(row))
-                    file.flush()
+                    append_to_log(path, _line(row).encode())
                     done[_key(row)] = row
                     task.advance(1)
         else:

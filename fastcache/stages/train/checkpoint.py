@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastcache.errors import FormatError, IntegrityError
-from fastcache.files import fsync_directory, fsync_tree, read_json, require_fields, write_json_atomic
+from fastcache.files import make_directory, new_folder, read_json, readable_json, require_fields, write_file
 from fastcache.sae.fast.cpu import this_cpu
 from fastcache.sae.fast.gpu import passes
 from fastcache.sae.storage import require_finite
@@ -64,19 +64,18 @@ class Run:
 
 
 def save_checkpoint(out: Path, run: Run, kept: int) -> None:
-    """Write the state of a run; the oldest checkpoints beyond `kept` go."""
+    """Write the state of a run; the oldest checkpoints beyond `kept` go.
+
+    Raises `NonFiniteError`, `SpaceError`, `StorageError`; the checkpoints that are there are kept then.
+    """
     require_finite(run.trainer.sae)
     folder = out / FOLDER
-    temporary, final = folder / ".tmp", folder / f"{run.trainer.step_number:09d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    final = folder / f"{run.trainer.step_number:09d}"
+    make_directory(folder)
     scalars, tensors = run.state_dict()
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / "state.safetensors")
-    write_json_atomic(temporary / "state.json", scalars)
-    fsync_tree(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    fsync_directory(folder)
+    with new_folder(final) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / "state.safetensors")
+        write_file(temporary / "state.json", readable_json(scalars))
     for old in sorted(folder.glob("[0-9]*"))[:-kept]:
         shutil.rmtree(old)
 

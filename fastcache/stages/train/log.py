@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastcache.files import read_json_lines, write_bytes_atomic
+from fastcache.files import append_to_log, read_json_lines, write_bytes_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -16,9 +16,8 @@ Line = dict[str, Any]
 
 
 def add_line(path: Path, line: Line) -> None:
-    """Append `line` to the log `path`."""
-    with path.open("a") as log:
-        log.write(json.dumps(line) + "\n")
+    """Append `line` to the log `path`; `flush_log` makes it durable."""
+    append_to_log(path, (json.dumps(line) + "\n").encode(), durable=False)
 
 
 def cut_log(path: Path, step_number: int) -> None:

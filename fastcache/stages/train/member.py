@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastcache.errors import NonFiniteError
-from fastcache.files import write_json_atomic
+from fastcache.files import flush_log, write_json_atomic
 from fastcache.sae.storage import require_finite, save_sae
 from fastcache.stages.train.checkpoint import Run, save_checkpoint
 from fastcache.stages.train.log import METRICS_FILE, Line, add_line, cut_log, in_words
@@ -58,11 +58,17 @@ class Member:
     def checkpoint(self) -> None:
         """Write the state of this moment; raises `NonFiniteError`."""
         self.run.watch.look()
+        self._flush_logs()
         save_checkpoint(self.out, self.run, self.task.config.keep_checkpoints)
 
     def failed(self, error: NonFiniteError) -> None:
         """Leave a note of why it stopped."""
         write_json_atomic(self.out / FAILED_FILE, {"step": self.trainer.step_number, "reason": str(error)})
+
+    def _flush_logs(self) -> None:
+        """Make the lines of the steps so far durable: what is written next says that these steps are done."""
+        for name in (METRICS_FILE, EVENTS_FILE):
+            flush_log(self.out / name)
 
     def _finish(self, line: Line) -> None:
         """Measure the SAE as it is saved, put that into the last `line` of the log, and save it."""
@@ -75,6 +81,7 @@ class Member:
         info["tokens"] = {"of": task.config.tokens_of, **task.selection.as_json(buffer.n_read, buffer.n_too_large)}
         if buffer.skipped:
             info["skipped_units"] = list(buffer.skipped.values())
+        self._flush_logs()
         save_sae(self.out, sae, info)
 
     def note(self) -> str:

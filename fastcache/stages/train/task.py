@@ -30,7 +30,7 @@ from fastcache.stages.train.watch import EVENTS_FILE
 
 SAMPLE_UNITS, SAMPLE_ROWS = 32, 4096
 FAILED_FILE = "failed.json"
-OWNED = ("checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, THREADS_FILE, "evaluation.json")
+OWNED = ("sae.json", "checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, THREADS_FILE, "evaluation.json")
 
 
 def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import UNIT_ROWS, decode
 from fastcache.errors import NonFiniteError
+from fastcache.files import append_to_log
 from fastcache.stages.train.order import Numbers
 
 EVENTS_FILE = "events.jsonl"
@@ -52,8 +53,7 @@ class LossWatch:
             self.n_steps += 1
 
     def _log(self, event: dict[str, Any]) -> None:
-        with self._path.open("a") as log:
-            log.write(json.dumps(event) + "\n")
+        append_to_log(self._path, (json.dumps(event) + "\n").encode(), durable=False)
 
     def _rows(self, numbers: Numbers) -> np.ndarray[Any, Any]:
         return decode(self._cache.gather(self._hook, numbers), self._cache.manifest.dtype)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from fastcache import __version__
 from fastcache.cache_format.schema import TOKEN_SETS
 from fastcache.errors import FormatError, MismatchError
-from fastcache.files import fingerprint, read_json, write_bytes_atomic
+from fastcache.files import fingerprint, new_folder, read_json, write_bytes_atomic, write_file
 from fastcache.progress import Progress
 from fastcache.rundir import RUN_FILE, output_directory
 from fastcache.stages.interpret.collect import LOWEST
@@ -53,9 +53,9 @@ def build(latents: Path, judged: Path | None, out: Path, progress: Progress) -> 
         if is_there:
             progress.say(f"{page} is up to date.")
             return page
-        (out / DATA_FOLDER).mkdir(exist_ok=True)
-        peaks = _write_latents(results, scores, out / DATA_FOLDER, progress)
-        _write_script(out / DATA_FOLDER / "index.js", "fastcacheIndex", _index(results, scores, peaks))
+        with new_folder(out / DATA_FOLDER) as data:
+            peaks = _write_latents(results, scores, data, progress)
+            _write_script(data / "index.js", "fastcacheIndex", _index(results, scores, peaks))
         write_bytes_atomic(page, _page(results).encode())  # last: it says that all is there
     return page
 
@@ -73,7 +73,7 @@ def _read_scores(results: Results, folder: Path, needed: bool) -> Judged:
 
 def _write_script(path: Path, function: str, *arguments: Any) -> None:
     given = b",".join(orjson.dumps(argument, option=orjson.OPT_SERIALIZE_NUMPY) for argument in arguments)
-    path.write_bytes(function.encode() + b"(" + given + b");\n")
+    write_file(path, function.encode() + b"(" + given + b");\n")
 
 
 def _write_latents(results: Results, scores: Judged, folder: Path, progress: Progress) -> list[list[str]]:

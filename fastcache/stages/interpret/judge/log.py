@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import FormatError
-from fastcache.files import read_json_lines, write_bytes_atomic
+from fastcache.files import append_to_log, read_json_lines, write_bytes_atomic
 from fastcache.stages.interpret.judge.prompts import Prompt
 from fastcache.stages.interpret.judge.responses import TOKENS, usage_of
 
@@ -62,8 +62,7 @@ class AnswerLog:
 
     def _add(self, entry: Entry) -> None:
         self._take(entry)  # first: what can't be read again isn't written
-        with self._path.open("ab") as file:
-            file.write(_line(entry))
+        append_to_log(self._path, _line(entry))  # durable before a request goes out: nothing is paid for twice
 
     def _take(self, entry: Entry) -> None:
         try:
