@@ -92,10 +92,8 @@ def duration(seconds: float) -> str:
 
 def setting(value: Any) -> str:
     """The value of a setting in words: yes and no, numbers without the digits that arithmetic left, lists with commas."""
-    if value is None:
-        return NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: NONE, True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return count(value)
     if isinstance(value, float):
