@@ -63,20 +63,14 @@ def size(n_bytes: float | None, digits: int = 3) -> str:
     return f"{round(amount)} {BYTE_UNITS[unit]}" if unit == 0 else f"{figure(amount, digits)} {BYTE_UNITS[unit]}"
 
 
-def amount(value: float, unit: str) -> str:
-    """So much of a unit; bytes in the unit that suits them."""
-    return size(value) if unit == "bytes" else f"{value:,.0f} {unit}"
-
-
 def rate(value: float, seconds: float, unit: str) -> str:
-    """So much of a unit a second, or where that is less than one, the seconds that one takes; empty for nothing yet."""
+    """So much of a unit a second; where that is less than one, a minute or an hour. Empty where nothing is done yet."""
     if value <= 0 or seconds <= 0:
         return ""
     if unit == "bytes":
         return f"{size(value / seconds)}/s"
-    if value < seconds:
-        return f"{figure(seconds / value)} s for each of the {unit}"
-    return f"{figure(value / seconds)} {unit}/s"
+    length, name = next(((n, name) for n, name in ((1, "s"), (60, "min")) if n * value >= seconds), (3600, "h"))
+    return f"{figure(length * value / seconds)} {unit}/{name}"
 
 
 def duration(seconds: float) -> str:

@@ -74,7 +74,7 @@ def test_sizes_below_a_thousand_petabytes_have_no_thousands(n_bytes):
 @pytest.mark.parametrize(
     ("value", "seconds", "unit", "shown"),
     [(2_070_839_736, 1, "bytes", "2.07 GB/s"), (159_864, 19, "tokens", "8,410 tokens/s"), (0, 5, "tokens", ""),
-     (5, 0, "tokens", ""), (2, 60, "dialogues", "30.0 s for each of the dialogues")],
+     (5, 0, "tokens", ""), (2, 60, "dialogues", "2.00 dialogues/min")],
 )  # fmt: skip
 def test_rates_are_never_zero(value, seconds, unit, shown):
     assert figures.rate(value, seconds, unit) == shown
