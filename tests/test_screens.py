@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastcache.pipeline import console as screen
-from fastcache.pipeline.tables import Column, figure_columns, name_columns, print_facts, print_table
+from fastcache.pipeline.tables import Column, FullTable, figure_columns, name_columns, print_facts, print_table
 
 WIDTHS = (40, 80, 120)
 
@@ -29,17 +29,21 @@ def printed(console):
 
 words = st.text("abcdefghij", min_size=1, max_size=12)
 numbers = st.one_of(
-    st.integers(0, 10**12).map("{:,}".format), st.floats(1e-5, 1e9).map("{:,.4f}".format), st.just("-"), st.just("12.3 %")
+    st.integers(0, 10**12).map("{:,}".format),
+    st.floats(1e-5, 1e9).map("{:,.4f}".format),
+    st.just("-"),
+    st.just("12.3 %"),
 )
 
 
 @st.composite
 def tables(draw):
     n_figures, n_rows = draw(st.integers(1, 14)), draw(st.integers(1, 9))
+    titles = st.lists(st.lists(words, min_size=1, max_size=4).map(" ".join), min_size=n_figures, max_size=n_figures)
     columns = [
         *name_columns(*draw(st.lists(words, min_size=1, max_size=3))),
-        *figure_columns(*draw(st.lists(st.lists(words, min_size=1, max_size=4).map(" ".join), min_size=n_figures, max_size=n_figures))),
-    ]  # fmt: skip
+        *figure_columns(*draw(titles)),
+    ]
     return columns, [[draw(words if column.kind == "name" else numbers) for column in columns] for _ in range(n_rows)]
 
 
@@ -48,7 +52,7 @@ def tables(draw):
 def test_every_cell_and_every_word_of_a_header_stands_whole_on_a_terminal(table, width):
     columns, rows = table
     console = terminal(width)
-    print_table(console, columns, rows)
+    print_table(console, FullTable(columns, rows))
     shown = printed(console)
     tokens = re.split(r"\s+", shown)
     assert "…" not in shown
@@ -64,7 +68,7 @@ def test_every_cell_and_every_word_of_a_header_stands_whole_on_a_terminal(table,
 def test_a_file_gets_one_table_with_a_line_for_each_row(table):
     columns, rows = table
     console = a_file()
-    print_table(console, columns, rows)
+    print_table(console, FullTable(columns, rows))
     lines = printed(console).splitlines()
     for row, line in zip(rows, lines[-len(rows) :], strict=True):
         assert line.split() == " ".join(row).split()
@@ -74,7 +78,7 @@ def test_a_file_gets_one_table_with_a_line_for_each_row(table):
 def test_each_part_of_a_table_says_which_row_is_which(width):
     columns = [*name_columns("tokens"), *figure_columns(*(f"column{i}" for i in range(12)))]
     console = terminal(width)
-    print_table(console, columns, [["content", *["1,234,567"] * 12], ["special", *["89,997.12"] * 12]])
+    print_table(console, FullTable(columns, [["content", *["1,234,567"] * 12], ["special", *["89,997.12"] * 12]]))
     lines = [line.split() for line in printed(console).splitlines() if line.strip()]
     assert all(line[0] in ("tokens", "content", "special") for line in lines)
     assert sum(line.count("89,997.12") for line in lines) == 12
@@ -84,7 +88,7 @@ def test_each_part_of_a_table_says_which_row_is_which(width):
 def test_text_is_broken_between_words_and_keeps_its_style(width):
     console = terminal(width)
     context = Text("the quick brown fox jumps over the lazy dog and away")
-    print_table(console, [*figure_columns("latent"), Column("context", "text")], [["7", context]])
+    print_table(console, FullTable([*figure_columns("latent"), Column("context", "text")], [["7", context]]))
     assert printed(console).split() == ["latent", "context", "7", *context.plain.split()]
 
 

@@ -172,11 +172,10 @@ class RichProgress:
     def say_commands(self, lead: str, commands: Sequence[Sequence[str]]) -> None:
         """Print commands to paste into a shell, after a lead such as `Next:`; nothing where there is none."""
         width = self.console.width if self.console.is_terminal else None
-        if len(commands) == 1 and "\n" not in (line := f"{lead} {command_lines(commands[0], None)}"):
-            if width is None or cell_len(line) <= width:
-                self.console.print(Text(line), soft_wrap=True)
-                return
-        if commands:
+        line = " ".join([lead, *(command_lines(command, None) for command in commands)])
+        if len(commands) == 1 and (width is None or cell_len(line) <= width):
+            self.console.print(Text(line), soft_wrap=True)
+        elif commands:
             shown = ["  " + command_lines(command, width and width - 2).replace("\n", "\n  ") for command in commands]
             self.console.print(Text("\n".join([lead, *shown])), soft_wrap=True)
 
