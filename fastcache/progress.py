@@ -14,11 +14,11 @@ class Task(Protocol):
 class Progress(Protocol):
     """Where tasks are shown."""
 
-    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
-        """A context that yields a `Task` of `total` `unit`s."""
+    def task(self, name: str, total: int | None, unit: str, done: int = 0) -> AbstractContextManager[Task]:
+        """A context that yields a `Task` of `total` `unit`s, of which an earlier run did `done`: they count for no rate."""
 
     def say(self, text: str) -> None:
-        """Print one line that stays."""
+        """Print a message that stays."""
 
 
 class Silent:
@@ -27,7 +27,7 @@ class Silent:
     def advance(self, amount: int, note: str = "") -> None:
         """See `Task.advance`."""
 
-    def task(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
+    def task(self, name: str, total: int | None, unit: str, done: int = 0) -> AbstractContextManager[Task]:
         """See `Progress.task`."""
         return nullcontext(self)
 

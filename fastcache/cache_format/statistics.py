@@ -7,7 +7,7 @@ counts are those of all rows, to the width of a bin (a sixteenth of an octave, 4
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,17 @@ def _bins(norms: Floats) -> npt.NDArray[np.int64]:
 def group_counts(type_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Tokens of each group, from how often each token type `[256]` occurs."""
     return np.array([type_counts[_MEMBERSHIP >> g & 1 == 1].sum() for g in range(len(GROUPS))])
+
+
+class NormSpread(NamedTuple):
+    """Estimates of the norms of a group of tokens, each to half of a bin."""
+
+    percentile_1: float
+    median: float
+    percentile_99: float
+    maximum: float
+    n_far: int
+    """Those above a multiple of the median."""
 
 
 @dataclass
@@ -113,6 +124,23 @@ class Moments:
             return 0.0
         bin_index = int(np.searchsorted(np.cumsum(counts), q * counts.sum(), side="left"))
         return float(2 ** (LOWEST_OCTAVE + (bin_index + 0.5) / BINS_PER_OCTAVE))
+
+    def norm_spread(self, group: str, multiple: float) -> NormSpread | None:
+        """The norms of `group`, and how many are above `multiple` times their median; None where it has no rows.
+
+        In each bin the norms are taken to be at one and the same share of its width, that share at which they add up to the
+        sum of the norms, which is exact. So they agree with the mean, and where all lie in one bin all are the mean.
+        """
+        counts = self.norm_counts[GROUPS.index(group)]
+        if not counts.any():
+            return None
+        edges = np.exp2(LOWEST_OCTAVE + np.arange(N_BINS) / BINS_PER_OCTAVE)
+        shift = self.norm_sum[GROUPS.index(group)] / (counts * edges).sum()
+        norms = edges * np.clip(shift, 1, 2 ** (1 / BINS_PER_OCTAVE))
+        cumulated = np.cumsum(counts)
+        low, median, high = (float(norms[np.searchsorted(cumulated, q * cumulated[-1])]) for q in (0.01, 0.5, 0.99))
+        maximum = float(norms[np.flatnonzero(counts)[-1]])
+        return NormSpread(low, median, high, maximum, int(counts[norms > multiple * median].sum()))
 
     def summary(self, squared_error: Floats | None = None, n_outliers: int = 5) -> dict[str, Any]:
         """JSON-ready figures per group: count, norm mean and quantiles, variance, the dimensions of largest size.

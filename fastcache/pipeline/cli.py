@@ -12,6 +12,7 @@ import click
 
 from fastcache import __version__
 from fastcache.errors import FastcacheError
+from fastcache.pipeline.output import standard_streams
 
 COMMANDS = {
     "demo": "The whole pipeline on a small embedded model, in minutes.",
@@ -78,6 +79,7 @@ def fail(message: str) -> NoReturn:
     sys.exit(EXIT_USER_ERROR)
 
 
+@standard_streams()
 def main(arguments: list[str] | None = None, **_extra: Any) -> None:
     """Run the command line."""
     given = sys.argv[1:] if arguments is None else arguments

@@ -1,95 +1,162 @@
-"""What commands print at the end, and what `inspect` shows: small tables."""
+"""What `inspect` shows of corpora and caches, and what `prepare`, `extract` and `evaluate` show at their end."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from fastcache import figures
 from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import METHODS, SPLIT_TITLES, STORED_DTYPES, UNIT_ROWS, layer_of
+from fastcache.cache_format.statistics import Moments
 from fastcache.corpus import Corpus
-from fastcache.files import read_json, read_json_lines, require_fields
+from fastcache.errors import FastcacheError
+from fastcache.pipeline.console import print_text
+from fastcache.pipeline.tables import FullTable, figure_columns, name_columns, print_facts, print_table
 from fastcache.progress import Progress
-from fastcache.stages.report.tables import figure, main_figures
 from fastcache.stages.train.config import ShuffleConfig
-from fastcache.stages.train.log import in_words, measured_on
 from fastcache.stages.train.order import mixed_order
 from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
 
-WIDE = 500
-"""Characters of a line in a file."""
+FAR = 5
+"""A norm of so many times the median is far from it: a massive activation."""
 
 
-def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
-    return table
+def look_up(mapping: Any, *keys: str) -> Any:
+    """The value under keys of nested mappings, None where one is missing: older versions wrote fewer of them."""
+    for key in keys:
+        mapping = mapping.get(key) if isinstance(mapping, dict) else None
+    return mapping
+
+
+def counted(counts: Any) -> str:
+    """Counts by name as `demo 2, other 1`; empty where there are none."""
+    return ", ".join(f"{name} {figures.count(n)}" for name, n in counts.items()) if isinstance(counts, dict) else ""
+
+
+def model_title(name: Any) -> str:
+    """A model as people call it: its name on the hub, or the folder's name where it is a path."""
+    if not name:
+        return figures.NONE
+    path = Path(str(name))
+    return path.name if path.is_absolute() or str(name).startswith((".", "~")) else str(name)
 
 
 def show_corpus(console: Console, path: Path, info: dict[str, Any]) -> None:
     """Rows by split, and every dropped row by reason."""
-    splits = ", ".join(f"{name} {count:,}" for name, count in info["splits"].items())
-    rows = [("kind", info["kind"]), ("rows", splits), ("fingerprint", info["fingerprint"][:16])]
+    rows = [
+        ("kind", str(info["kind"])),
+        ("rows", counted(info["splits"])),
+        ("fingerprint", str(info["fingerprint"])[:16]),
+    ]
     for source, counts in info["counts"].items():
-        dropped = ", ".join(f"{reason} {count:,}" for reason, count in counts["dropped"].items()) or "none"
+        dropped = counted(counts["dropped"]) or "none"
         rows.append((f"from {source}", f"{counts['kept']:,} of {counts['rows']:,} rows; dropped: {dropped}"))
-    console.print(_facts(f"Corpus {path}", rows))
+    print_facts(console, f"Corpus {path}", rows)
 
 
 def show_cache(console: Console, cache: Cache) -> None:
     """Model, method, size, tokens by type, ledger, parity and norms."""
     manifest = cache.manifest
-    identity, totals, ledger = manifest.identity, manifest.totals, manifest.ledger
-    method = {name: value for name, value in identity["method"].items() if name != "name" and value is not None}
+    identity, totals = manifest.identity, manifest.totals
+    method = look_up(identity, "method") or {}
+    details = ", ".join(f"{name} {value}" for name, value in method.items() if name != "name" and value is not None)
+    fingerprint = str(look_up(identity, "corpus", "fingerprint") or figures.NONE)[:16]
     rows = [
         ("state", manifest.state if cache.complete else "not complete: run its extract command again"),
-        ("model", f"{identity['model']['name']}, run in {identity['model_dtype']}"),
-        ("method", f"{identity['method']['name']} ({', '.join(f'{k} {v}' for k, v in method.items())})"),
-        ("corpus", f"{identity['corpus']['fingerprint'][:16]}, split {identity['corpus']['split']}"),
+        (
+            "model",
+            f"{look_up(identity, 'model', 'name')}, run in {look_up(identity, 'model_dtype') or 'unknown dtype'}",
+        ),
+        ("method", f"{look_up(method, 'name')}" + (f" ({details})" if details else "")),
+        ("corpus", f"{fingerprint}, split {look_up(identity, 'corpus', 'split')}"),
         ("tokens", f"{cache.n_tokens:,} in {cache.n_instances:,} sequences, {len(cache.parts)} parts"),
     ]
-    block_size, last = identity["method"].get("block_size"), totals.get("last_block_tokens")
+    block_size, last = look_up(method, "block_size"), totals.get("last_block_tokens")
     if block_size and last and last < block_size:
         rows.append(("last block", f"partial: {last:,} of {block_size:,} tokens"))
-    if totals:
-        types = ", ".join(f"{name.lower().replace('_', ' ')} {n:,}" for name, n in totals["tokens_by_type"].items())
-        skipped = ", ".join(f"{reason} {count:,}" for reason, count in ledger["skipped"].items()) or "0"
-        by_source = ", ".join(f"{source} {n:,}" for source, n in ledger["truncated_by_source"].items())
-        truncated = f"truncated {ledger['truncated']:,}" + (f" ({by_source})" if by_source else "")
-        failed = f", failed {ledger['failed']:,}" if ledger.get("failed") else ""
-        counts = f"stored {ledger['stored']:,}, {truncated}, skipped {skipped}{failed}"
-        rows += [
-            ("by type", types),
-            ("size", f"{totals['n_bytes'] / 1e6:,.1f} MB, {manifest.dtype}, d_in {manifest.d_in}"),
-            ("ledger", f"{ledger['rows']:,} rows: {counts}, not reached {ledger['not reached']:,}"),
-        ]
+    if types := look_up(totals, "tokens_by_type"):
+        rows.append(("by type", counted({name.lower().replace("_", " "): n for name, n in types.items()})))
+    rows.append(("size", f"{figures.size(totals.get('n_bytes'))}, {manifest.dtype}, d_in {manifest.d_in}"))
+    if manifest.ledger:
+        rows.append(("ledger", _ledger(manifest.ledger)))
     if manifest.failed:
         units = "; ".join(f"{unit} ({reason})" for unit, reason in manifest.failed.items())
         rows.append(("failed units", f"{units}. Run the extract command again to try them."))
-    for hook, parity in manifest.parity.get("hook_points", {}).items():
-        difference = f"max abs difference {parity['max_abs_difference']:.1e}, relative {parity['max_relative_l2']:.1e}"
-        rows.append((f"parity {hook}", f"{difference}, {len(manifest.parity['lengths'])} sequences"))
-    console.print(_facts(f"Cache {cache.path}", rows))
+    rows += _parity(manifest.parity)
+    print_facts(console, f"Cache {cache.path}", rows)
     for hook, groups in manifest.statistics.items():
-        console.print(_norms(hook, groups))
+        _show_norms(console, cache, hook, groups)
 
 
-def _norms(hook: str, groups: dict[str, Any]) -> Table:
-    table = Table(title=f"\nNorms at {hook}", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("tokens", no_wrap=True)
-    for name in ("count", "mean", "1 %", "median", "99 %", "largest dimensions"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for group, figures in groups.items():
-        if figures["count"]:
-            quantiles = [figure(figures["norm_quantiles"][q], 2) for q in ("0.01", "0.5", "0.99")]
-            top = ", ".join(str(dimension) for dimension, _ in figures["top_dimensions"][:3])
-            count, mean = f"{figures['count']:,}", figure(figures["norm_mean"], 2)
-            table.add_row(SPLIT_TITLES.get(group, group), count, mean, *quantiles, top)
-    return table
+def _ledger(ledger: dict[str, Any]) -> str:
+    """What became of the corpus's rows; of older caches what they counted."""
+    by_source = counted(ledger.get("truncated_by_source"))
+    parts = [
+        f"stored {figures.count(ledger.get('stored'))}",
+        f"truncated {figures.count(ledger.get('truncated'))}" + (f" ({by_source})" if by_source else ""),
+        f"skipped {counted(ledger.get('skipped')) or '0'}",
+    ]
+    if ledger.get("failed"):
+        parts.append(f"failed {figures.count(ledger['failed'])}")
+    parts.append(f"not reached {figures.count(ledger.get('not reached'))}")
+    return f"{figures.count(ledger.get('rows'))} rows: {', '.join(parts)}"
+
+
+def _parity(parity: dict[str, Any]) -> list[tuple[str, str]]:
+    n_checked = len(parity.get("lengths") or [])
+    sequences = f", {n_checked} sequences" if n_checked else ""
+    rows = []
+    for hook, differences in (parity.get("hook_points") or {}).items():
+        largest, relative = (look_up(differences, name) for name in ("max_abs_difference", "max_relative_l2"))
+        text = f"max abs difference {figures.figure(largest, 2)}, relative {figures.figure(relative, 2)}"
+        rows.append((f"parity {hook}", text + sequences))
+    return rows
+
+
+def _show_norms(console: Console, cache: Cache, hook: str, groups: dict[str, Any]) -> None:
+    moments = None
+    with suppress(FastcacheError, OSError):
+        moments = cache.statistics(hook)
+    print_table(console, _norms(hook, groups, moments))
+    print_text(
+        console, "Norms are counted in bins 4 % wide, so quantiles and maxima are known to 4 %; means are exact."
+    )
+    counts = {name: look_up(group, "count") for name, group in groups.items()}
+    if counts.get("special") and counts["special"] == counts.get("special_not_first"):
+        print_text(
+            console,
+            f'"{SPLIT_TITLES["special"]}" equals "{SPLIT_TITLES["special_not_first"]}": the first token of a sequence is no '
+            "special token or role word of this model's template.",
+        )
+
+
+def _norms(hook: str, groups: dict[str, Any], moments: Moments | None = None) -> FullTable:
+    """Norms by group of tokens: by the parts' counts, or without them what the manifest says, which has no maximum."""
+    columns = [
+        *name_columns("tokens"),
+        *figure_columns("count", "mean", "1 %", "median", "99 %"),
+        *(figure_columns("maximum", f"above {FAR}x\nmedian") if moments else ()),
+        *figure_columns("largest\ndimensions"),
+    ]
+    known = {name: group for name, group in groups.items() if look_up(group, "count")}
+    spreads = {name: spread for name in known if moments and (spread := moments.norm_spread(name, FAR))}
+    if "all" in spreads:  # has the rows of the other groups, which may be known a little better
+        spreads["all"] = spreads["all"]._replace(maximum=max(spread.maximum for spread in spreads.values()))
+    rows = []
+    for name, group in known.items():
+        if spread := spreads.get(name):
+            measured = [*map(figures.figure, spread[:4]), figures.count(spread.n_far)]
+        else:
+            measured = [figures.figure(look_up(group, "norm_quantiles", q), 2) for q in ("0.01", "0.5", "0.99")]
+            measured += [figures.NONE] * 2 if moments else []
+        top = ", ".join(str(dimension) for dimension, _ in (group.get("top_dimensions") or [])[:3])
+        title, mean = SPLIT_TITLES.get(name, name), figures.figure(group.get("norm_mean"))
+        rows.append([title, figures.count(group["count"]), mean, *measured, top])
+    return FullTable(columns, rows, f"\nNorms at {hook}")
 
 
 def show_shuffle(
@@ -99,85 +166,75 @@ def show_shuffle(
     order = mixed_order(cache, config.buffer_tokens, config.batch_size, config.seed)
     instances, groupings = runs_of(cache, corpus)
     comparison = compare(order, instances, groupings, config.batch_size, config.seed, progress)
-    gigabytes = order.capacity * cache.d_in * np.dtype(STORED_DTYPES[cache.manifest.dtype]).itemsize / 1e9
-    rows = [
-        ("cache", f"{cache.n_tokens:,} tokens in {cache.n_instances:,} sequences"),
-        (
-            "training",
-            f"units of {UNIT_ROWS} rows, buffer of {order.capacity:,} ({gigabytes:,.1f} GB), seed {config.seed}",
-        ),
-        ("measured", f"{comparison.n_measured} batches of {config.batch_size:,} tokens, spread over an epoch"),
-    ]
-    console.print(_facts(f"Shuffle of {cache.path}", rows))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("\norder", no_wrap=True)
-    for header in ("distinct\ninstances", "of\nglobal", "variance\ninflation"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for name in comparison.mixed.drift:
-        table.add_column(f"drift by\n{name}", justify="right", no_wrap=True)
+    n_bytes = order.capacity * cache.d_in * np.dtype(STORED_DTYPES[cache.manifest.dtype]).itemsize
+    buffer = f"buffer of {order.capacity:,} ({figures.size(n_bytes)})"
+    measured = f"{comparison.n_measured} batches of {config.batch_size:,} tokens, spread over an epoch"
+    print_facts(
+        console,
+        f"Shuffle of {cache.path}",
+        [
+            ("cache", f"{cache.n_tokens:,} tokens in {cache.n_instances:,} sequences"),
+            ("training", f"units of {UNIT_ROWS} rows, {buffer}, seed {config.seed}"),
+            ("measured", measured),
+        ],
+    )
     orders = {
         "training": comparison.mixed,
         "global permutation": comparison.permutation,
         "sequential": comparison.sequential,
     }
-    for name, quality in orders.items():
-        share = quality.distinct / comparison.permutation.distinct
-        drifts = [figure(value) for value in quality.drift.values()]
-        table.add_row(name, figure(quality.distinct, 0), figure(share, 2), figure(quality.inflation, 2), *drifts)
-    console.print(table)
+    drifts = [f"drift by\n{name}" for name in comparison.mixed.drift]
+    columns = [
+        *name_columns("order"),
+        *figure_columns("distinct\ninstances", "of\nglobal", "variance\ninflation", *drifts),
+    ]
+    rows = [
+        [
+            name,
+            *map(
+                figures.figure,
+                (quality.distinct, quality.distinct / comparison.permutation.distinct, quality.inflation),
+            ),
+            *map(figures.figure, quality.drift.values()),
+        ]
+        for name, quality in orders.items()
+    ]
+    print_table(console, FullTable(columns, rows))
     enough = None if comparison.good else enough_buffer(cache, config, instances, progress)
     progress.say(verdict(comparison, enough))
 
 
-def show_sae(console: Console, path: Path) -> None:
-    """What an SAE was trained on, how, and where its training stands."""
-    run = read_json(path / "run.json")
-    require_fields(run, {"command": str, "settings": dict}, path / "run.json")
-    if run["command"] != "train":
-        console.print(Text(f"Unfinished output of `fastcache {run['command']}`: run that command again.\n{path}"))
-        return
-    given = {**run["settings"], **run["settings"].get("resolved", {})}
-    hidden = ("cache_fingerprint", "resolved")
-    settings = {key: value for key, value in given.items() if value not in (None, []) and key not in hidden}
-    finished = (path / "sae.json").exists()
-    rows = [("state", "trained" if finished else "not finished: run its train command again")]
-    if finished:
-        info = read_json(path / "sae.json")
-        fields = {"architecture": str, "d_in": int, "d_sae": int, "model": dict, "method": dict, "training": dict}
-        require_fields(info, {**fields, "hook_point": str}, path / "sae.json")
-        rows += [
-            ("architecture", f"{info['architecture']}, d_in {info['d_in']}, d_sae {info['d_sae']}"),
-            ("of", f"{info['model']['name']} {info['hook_point']}, method {info['method']['name']}"),
-            ("trained", f"{info['training']['tokens']:,} tokens in {info['training']['steps']:,} steps"),
-        ]
-    rows.append(("settings", ", ".join(f"{key}={value}" for key, value in settings.items())))
-    if lines := read_json_lines(path / "metrics.jsonl"):
-        last = lines[-1]
-        rows.append((f"step {last['step']:,}", f"{in_words(last)} (on {measured_on(last)})"))
-    console.print(_facts(f"SAE {path}", rows))
-
-
-def show_evaluations(console: Console, evaluations: list[dict[str, Any]]) -> None:
+def show_evaluations(console: Console, evaluations: Sequence[dict[str, Any]]) -> None:
     """One line an SAE; MSE as in the paper's tables, log2 of the mean over dialogues."""
     held_out = evaluations[0]["held_out"]
-    title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}; log2 MSE (mean over dialogues) by kind of token"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     shown = sorted(evaluations, key=_rank)
     named = len({_place(result) for result in shown}) < len(shown)
-    for name in ("layer", "arch", "data", *(("SAE",) if named else ())):
-        table.add_column(name, no_wrap=True)
-    headers = ("all", "special", "special,\nnot first", "content")
     has_model = any("with_model" in result for result in evaluations)
-    for name in ("L0", "FVU", "dead", *headers, *(("LM loss,\nadded", "LM loss,\nrecovered") if has_model else ())):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = [
+        *name_columns("layer", "arch", "data", *(("SAE",) if named else ())),
+        *figure_columns("L0", "FVU", "FVU,\ncontent", "dead"),
+        *figure_columns(*(f"MSE,\n{title.replace(', ', f',{chr(10)}')}" for title in SPLIT_TITLES.values())),
+        *(figure_columns("LM loss,\nadded", "LM loss,\nrecovered") if has_model else ()),
+    ]
+    rows = []
     for result in shown:
         names = [Path(result["sae"]).name] if named else []
-        table.add_row(*map(str, _place(result)), *names, *main_figures(result, has_model))
-    if console.is_terminal:
-        console.print(table)
-    else:  # in a file or a pipe, all of it
-        whole = console.measure(table, options=console.options.update(max_width=WIDE)).maximum
-        Console(file=console.file, width=max(console.width, whole)).print(table)
+        rows.append([*map(str, _place(result)), *names, *_figures(result, has_model)])
+    title = f"{held_out['dialogues']:,} dialogues, split {held_out['split']}. MSE is log2 of its mean over dialogues."
+    print_table(console, FullTable(columns, rows, title))
+
+
+def _figures(result: dict[str, Any], has_model: bool) -> list[str]:
+    splits = result["splits"]
+    spliced = look_up(result, "with_model", "splits", "all")
+    return [
+        figures.figure(splits["all"].get("l0")),
+        figures.figure(splits["all"].get("fvu")),
+        figures.figure(look_up(splits, "content", "fvu")),
+        figures.percent(result["dead_share"]),
+        *(figures.logarithm(look_up(splits, split, "log2_mse")) for split in SPLIT_TITLES),
+        *(figures.figure(look_up(spliced, key)) for key in ("delta_loss", "loss_recovered") if has_model),
+    ]
 
 
 def _place(result: dict[str, Any]) -> tuple[int, str, str]:
@@ -186,4 +243,4 @@ def _place(result: dict[str, Any]) -> tuple[int, str, str]:
 
 def _rank(result: dict[str, Any]) -> tuple[int, str, int]:
     layer, architecture, method = _place(result)
-    return layer, architecture, METHODS.index(method)  # in the paper's order
+    return layer, architecture, METHODS.index(method) if method in METHODS else len(METHODS)  # in the paper's order

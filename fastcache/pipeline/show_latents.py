@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from fastcache.pipeline.console import printable
+from fastcache.figures import count, figure, percent
+from fastcache.pipeline.console import print_text, printable
+from fastcache.pipeline.tables import Column, FullTable, figure_columns, print_table
 
 MOST_LATENTS, AROUND = 10, 6
 """Latents that are shown, and tokens on each side."""
@@ -24,17 +25,17 @@ def show_latents(console: Console, path: Path) -> None:
     latents = results.latents(["latent", "n_active", "density_all", "max_activation"])
     n_dead = pc.sum(pc.equal(latents["n_active"], 0)).as_py()
     indices = pc.select_k_unstable(latents, MOST_LATENTS, [("max_activation", "descending")])
-    console.print(f"{len(latents):,} latents, {n_dead:,} of them never active. The strongest, and where they are so:")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("latent", "density", "highest"):  # a long context would take their room
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    table.add_column("context", no_wrap=True, overflow="ellipsis")
+    print_text(
+        console, f"{len(latents):,} latents, {n_dead:,} of them never active. The strongest, and where they are so:"
+    )
     chosen = latents.take(indices).to_pylist()
     contexts = results.contexts_of([row["latent"] for row in chosen])
+    rows: list[list[str | Text]] = []
     for row in chosen:
-        figures = (str(row["latent"]), f"{row['density_all']:.2%}", f"{row['max_activation']:.2f}")
-        table.add_row(*figures, *(_marked(context) for context in contexts[row["latent"]][:1]))
-    console.print(table)
+        strongest = [_marked(context) for context in contexts[row["latent"]][:1]] or [Text()]
+        measured = [percent(row["density_all"]), figure(row["max_activation"])]
+        rows.append([str(row["latent"]), *measured, *strongest])
+    print_table(console, FullTable([*figure_columns("latent", "density", "highest"), Column("context", "text")], rows))
 
 
 def _marked(context: dict[str, Any]) -> Text:
@@ -48,28 +49,24 @@ def _marked(context: dict[str, Any]) -> Text:
 
 def show_scores(console: Console, summaries: Sequence[dict[str, Any]]) -> None:
     """A line for each judged SAE, and what could not be read of the judge's answers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("SAE")
-    for name in ("scored", "mean", "4 or 5", "detection", "requests", "cost"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = [Column("SAE", "text"), *figure_columns("scored", "mean", "4 or 5", "detection", "requests", "cost")]
+    rows: list[list[str | Text]] = []
     for summary in summaries:
         sae = summary["sae"]
-        table.add_row(
-            printable(f"{sae['model']} {sae['hook_point']}, {sae['architecture']}, {sae['trained_on']}"),
-            f"{summary['scored']:,} of {summary['chosen']:,}",
-            _figure(summary["mean"], ".2f"),
-            _figure(summary["share_4_5"], ".1%"),
-            _figure(summary["detection"]["mean"], ".3f"),
-            f"{summary['requests']:,}",
-            _figure(summary["cost"], ".4g"),
+        rows.append(
+            [
+                printable(f"{sae['model']} {sae['hook_point']}, {sae['architecture']}, {sae['trained_on']}"),
+                f"{summary['scored']:,} of {summary['chosen']:,}",
+                figure(summary["mean"]),
+                percent(summary["share_4_5"]),
+                figure(summary["detection"]["mean"]),
+                count(summary["requests"]),
+                figure(summary["cost"]),
+            ]
         )
-    console.print(table)
+    print_table(console, FullTable(columns, rows))
     for summary in summaries:
         for kind, failures in (("scores", summary["failures"]), ("detection", summary["detection"]["failures"])):
             if failures:
-                told = ", ".join(f"{reason} {count:,}" for reason, count in failures.items())
-                console.print(printable(f"{summary['sae']['name']}: without {kind}: {told}"))
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+                reasons = ", ".join(f"{reason} {count(n)}" for reason, n in failures.items())
+                print_text(console, printable(f"{summary['sae']['name']}: without {kind}: {reasons}").plain)

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.interpret.config import DashboardConfig
 
@@ -34,7 +33,7 @@ def command(out: Path | None, **given: Any) -> None:
     from fastcache.stages.interpret.dashboard.build import build
     from fastcache.stages.interpret.dashboard.serve import make_server
 
-    progress = RichProgress(Console())
+    progress = RichProgress(make_console())
     folder = out or Path(config.latents) / "dashboard"
     page = build(Path(config.latents), Path(config.judged) if config.judged else None, folder, progress)
     progress.say(f"Page: {page.resolve().as_uri()}")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 HELP = """Run the whole pipeline on a small embedded chat model, offline: three data methods, two layers, two
 architectures, held-out figures and an HTML report. Takes minutes; interrupted, it resumes.
@@ -24,10 +23,11 @@ Examples:
 def command(out: Path, tokens: str, fresh: bool) -> None:
     """Run the demo."""
     from fastcache.errors import InputError
+    from fastcache.pipeline.console import make_console
     from fastcache.pipeline.demo import run_demo
 
     try:
         n_tokens = int(tokens.replace(",", ""))
     except ValueError as error:
         raise InputError(f"--tokens {tokens}: expected a whole number.") from error
-    run_demo(out, n_tokens, fresh, Console())
+    run_demo(out, n_tokens, fresh, make_console())

@@ -3,9 +3,8 @@
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.evaluate.config import EvaluateConfig
 
@@ -31,5 +30,5 @@ def command(**given: Any) -> None:
     from fastcache.pipeline.show import show_evaluations
     from fastcache.stages.evaluate.run import evaluate
 
-    console = Console()
+    console = make_console()
     show_evaluations(console, evaluate(config, RichProgress(console)))

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
 from fastcache.stages.export.config import ExportConfig
@@ -31,4 +30,4 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
     from fastcache.stages.export.run import export
 
     place = out or RUNS / f"{config.format}-{slug(Path(config.sae).resolve().name)}"
-    export(config, place, RichProgress(Console()), fresh)
+    export(config, place, RichProgress(make_console()), fresh)

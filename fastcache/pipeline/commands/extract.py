@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import AddressOrPath, output_options, resolve, settings_options
 from fastcache.pipeline.places import cache_place, find_corpus
 from fastcache.stages.extract.config import AddLayerConfig, ExtractConfig
@@ -50,7 +49,7 @@ def command(
         _add_layers(cache, given, force)
         return
     config = resolve(ExtractConfig, given)
-    console = Console()
+    console = make_console()
     progress = RichProgress(console)
     place = out or cache_place(config)
     progress.say(f"Cache: {place}")
@@ -82,7 +81,7 @@ def _add_layers(cache: Path | str | None, given: dict[str, Any], force: bool) ->
             f"With --add-layer, everything else is as the cache was made: leave out {', '.join(others)}. Of the options of "
             f"extract, only {', '.join(f'--{name}' for name in allowed[1:])} and --force may be given."
         )
-    console = Console()
+    console = make_console()
     from fastcache.pipeline.show import show_cache
     from fastcache.stages.extract.add_layer import add_layers
 

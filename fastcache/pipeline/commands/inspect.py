@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from fastcache.pipeline.options import AddressOrPath, field_options
 from fastcache.stages.train.config import ShuffleConfig
 
-HELP = """Show what is in a corpus, a cache or a trained SAE.
+HELP = """Show what is in a corpus, a cache, a trained SAE, or any other output of fastcache, finished or not.
 
 With --shuffle: how well training would mix a cache. Distinct instances in a batch, variance inflation of a batch mean
 and drift over the cache, beside a global permutation and sequential reading. No residual is read.
@@ -19,6 +18,7 @@ Examples:
   fastcache inspect fastcache-runs/corpus-demo
   fastcache inspect fastcache-runs/cache-demo-fast-train-layer-2
   fastcache inspect fastcache-runs/cache-demo-fast-train-layer-2 --shuffle --buffer-tokens 50,000
+  fastcache inspect fastcache-runs/demo/sae-fast
   fastcache inspect s3://bucket/cache
 """
 
@@ -39,12 +39,13 @@ def command(path: Path | str, shuffle: bool, corpus: Path | None, **given: Any) 
     from fastcache.corpus import CORPUS_FILE, Corpus
     from fastcache.errors import InputError
     from fastcache.pipeline import show
-    from fastcache.pipeline.console import RichProgress
+    from fastcache.pipeline.console import RichProgress, make_console
+    from fastcache.pipeline.show_runs import show_run
 
     settings = {name: value for name, value in given.items() if value is not None}
     if not shuffle and (settings or corpus):
         raise InputError("--batch-size, --buffer-tokens, --seed and --corpus go with --shuffle only.")
-    console = Console()
+    console = make_console()
     is_cache = isinstance(path, str) or (path / MANIFEST_FILE).exists()  # only caches lie in buckets
     if is_cache and shuffle:
         config = from_mapping(ShuffleConfig, settings, "options")
@@ -55,9 +56,7 @@ def command(path: Path | str, shuffle: bool, corpus: Path | None, **given: Any) 
         raise InputError(f"{path} is no cache: it has no manifest.json. --shuffle measures a cache made by `extract`.")
     elif (path / CORPUS_FILE).exists():
         show.show_corpus(console, path, Corpus(path).info)
-    elif (path / "run.json").exists():
-        show.show_sae(console, path)
-    else:
+    elif not show_run(console, path):
         raise InputError(
             f"{path} is no corpus, cache or trained SAE: it has no run.json, corpus.json or manifest.json."
         )

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
 from fastcache.pipeline.show_latents import show_latents, show_scores
@@ -65,7 +64,7 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
     from fastcache.stages.interpret.run import interpret
 
     place = out or RUNS / f"latents-{slug(Path(config.sae).resolve().name)}"
-    console = Console()
+    console = make_console()
     progress = RichProgress(console)
     interpret(config, place, progress, fresh)
     show_latents(console, place)
@@ -80,7 +79,7 @@ def judge_command(out: Path | None, fresh: bool, **given: Any) -> None:
     config = resolve(JudgeConfig, given)
     from fastcache.stages.interpret.judge.run import PROMPTS_FILE, judge
 
-    console = Console()
+    console = make_console()
     progress = RichProgress(console)
     place = out or Path(config.latents) / "judge"
     summary = judge(config, place, progress, fresh)
@@ -98,6 +97,6 @@ def scores_command(**given: Any) -> None:
     config = resolve(ScoresConfig, given)
     from fastcache.stages.interpret.judge.compare import compare
 
-    console = Console()
+    console = make_console()
     show_scores(console, compare(config))
     RichProgress(console).say(f"Page: {config.html}\nTable: {config.csv}")

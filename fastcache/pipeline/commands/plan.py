@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from fastcache.errors import InputError
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import read_config
 from fastcache.pipeline.study import Study, is_study, read_study
 
@@ -42,7 +41,7 @@ def command(studies: tuple[Path, ...], scale: float, tflops: float | None, devic
         if not is_study(values):
             raise InputError(f"{path} is no study: it has no `extract`. For a sweep: fastcache sweep --dry-run.")
         found.append(read_study(path.stem, values, scale))
-    show_costs(found, tflops, devices, RichProgress(Console()))
+    show_costs(found, tflops, devices, RichProgress(make_console()))
 
 
 def show_costs(studies: list[Study], tflops: float | None, devices: int, progress: RichProgress) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import corpus_place
 from fastcache.stages.prepare.config import PrepareConfig
@@ -31,7 +30,7 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
     from fastcache.pipeline.show import show_corpus
     from fastcache.stages.prepare.run import prepare
 
-    console = Console()
+    console = make_console()
     names = (config.recipe, *config.source) if config.recipe else config.source
     place = out or corpus_place("-".join(names))
     info = prepare(config, place, RichProgress(console), fresh)

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import AddressOrPath
 
 HELP = """Verify a cache, and compute its damaged parts again. What is whole is left as it is.
@@ -27,4 +26,4 @@ def command(cache: Path | str, corpus: str | None, device: str | None) -> None:
     """Run the repair."""
     from fastcache.stages.extract.repair import repair
 
-    repair(cache, RichProgress(Console()), corpus, device)
+    repair(cache, RichProgress(make_console()), corpus, device)

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from fastcache.errors import InputError
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.report.config import ReportConfig
 
@@ -37,7 +36,7 @@ def command(**given: Any) -> None:
             raise InputError(f"--watch writes a page; it doesn't go with --format {config.format}. Leave one out.")
         click.echo(report_table(config), nl=False)
         return
-    progress, html = RichProgress(Console()), Path(config.html).resolve()
+    progress, html = RichProgress(make_console()), Path(config.html).resolve()
     if config.watch is None:
         write_report(config)
     else:

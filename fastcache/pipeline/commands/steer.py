@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from fastcache.pipeline.console import RichProgress, printable
+from fastcache.figures import count, figure, percent, setting
+from fastcache.pipeline.console import RichProgress, make_console, printable
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
+from fastcache.pipeline.tables import Column, FullTable, figure_columns, name_columns, print_table
 from fastcache.stages.steer.config import FindConfig, SteerConfig
 
 HELP = """Generate with latents turned up, clamped or ablated at the SAE's layer, beside what the model says by itself.
@@ -51,7 +53,7 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
 
     latents = "-".join(map(str, config.latent))
     place = out or RUNS / f"steer-{slug(Path(config.sae).resolve().name)}-{config.mode}-{latents}"
-    console = Console()
+    console = make_console()
     progress = RichProgress(console)
     progress.say(f"Steering: {place}")
     rows = steer(config, place, progress, fresh)
@@ -61,17 +63,14 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
 
 
 def _show(console: Console, prompt: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=printable(f"\n{prompt}"), title_justify="left", padding=(0, 1), expand=False)
-    for name in ("latents", "alpha", "tokens", "repeated", "KL"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("said")
+    columns = [*figure_columns("latents", "alpha", "tokens", "repeated", "KL"), Column("said", "text")]
+    shown: list[list[str | Text]] = []
     for row in rows:
         latents = ", ".join(map(str, row["latents"])) or "none"
-        alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
         length = f"{row['n_tokens']}{'' if row['ended'] else '+'}"
-        kl = "" if row["kl"] is None else f"{row['kl']:.3f}"
-        table.add_row(latents, alpha, length, f"{row['repetition']:.0%}", kl, printable(row["text"].strip()))
-    console.print(table)
+        measured = [length, percent(row["repetition"], 2), figure(row["kl"])]
+        shown.append([latents, setting(row["alpha"]), *measured, printable(row["text"].strip())])
+    print_table(console, FullTable(columns, shown, printable(f"\n{prompt}").plain))
 
 
 @command.command(name="find", help=FIND_HELP)
@@ -82,19 +81,17 @@ def find_command(out: Path | None, **given: Any) -> None:
     config = resolve(FindConfig, given)
     from fastcache.stages.steer.find import find
 
-    console = Console()
+    console = make_console()
     progress = RichProgress(console)
     place = out or Path(config.sae) / "special_tokens.csv"
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("token", no_wrap=True)
-    table.add_column("dialogues", justify="right")
-    table.add_column("latent:mean of maxima")
+    rows: list[list[str | Text]] = []
     best = None
     for found in find(config, place, progress):
         best = best or found.latents[0][0]
-        shown = "  ".join(f"{latent}:{value:.4g}" for latent, value in found.latents)
-        table.add_row(printable(f"{found.token} ({found.token_id})"), f"{found.n_dialogues:,}", shown)
-    console.print(table)
+        shown = "  ".join(f"{latent}:{figure(value)}" for latent, value in found.latents)
+        rows.append([printable(f"{found.token} ({found.token_id})"), count(found.n_dialogues), shown])
+    columns = [*name_columns("token"), *figure_columns("dialogues"), Column("latent:mean of maxima", "text")]
+    print_table(console, FullTable(columns, rows))
     progress.say(f"Table: {place}")
     if best is not None:
         progress.say(f'Next: fastcache steer --sae {shlex.quote(config.sae)} --latent {best} --prompt "..."')

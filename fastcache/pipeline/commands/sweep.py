@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from fastcache.errors import InputError
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, read_config
 from fastcache.pipeline.places import RUNS, slug
 from fastcache.pipeline.study import Study, is_study, read_study, with_settings
@@ -64,7 +63,7 @@ def command(
     values |= {name: given for name, given in (("cache", cache), ("memory", memory)) if given is not None}
     added = {key: text.split(",") for key, text in (_assignment(text, "--grid") for text in grid)}
     settings = dict(_assignment(text, "--set") for text in set_)
-    progress = RichProgress(Console())
+    progress = RichProgress(make_console())
     if config_file and is_study(values):
         study = read_study(config_file.stem, with_settings(values, settings, added), scale)
         _run_study(study, dry_run, out or RUNS / slug(study.name), fresh, progress)

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
 from fastcache.stages.train.config import TrainConfig
@@ -35,10 +34,10 @@ Examples:
 def command(out: Path | None, fresh: bool, dry_run: bool, **given: Any) -> None:
     """Run the train stage."""
     config = resolve(TrainConfig, given)
-    from fastcache.pipeline.show import show_sae
+    from fastcache.pipeline.show_runs import show_sae
     from fastcache.stages.train.run import train
 
-    console = Console()
+    console = make_console()
     progress = RichProgress(console)
     if dry_run:
         from fastcache.stages.train.plan import make_plan

@@ -3,9 +3,8 @@
 import shlex
 
 import click
-from rich.console import Console
 
-from fastcache.pipeline.console import RichProgress
+from fastcache.pipeline.console import RichProgress, make_console
 
 HELP = """Check every byte, index and count of a cache, and its ledger.
 
@@ -30,7 +29,7 @@ def command(context: click.Context, cache: str, quick: bool, workers: int | None
     from fastcache.cache_format.storage import open_storage
     from fastcache.cache_format.verify import verify
 
-    progress = RichProgress(Console())
+    progress = RichProgress(make_console())
     parts, n_problems = set(), 0
     for finding in verify(open_storage(cache), quick=quick, workers=workers, progress=progress):
         progress.say(f"note: {finding}" if finding.is_note else str(finding))

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastcache import figures
 from fastcache.files import append_to_log, read_json_lines, write_bytes_atomic
 
 METRICS_FILE = "metrics.jsonl"
@@ -29,10 +30,9 @@ def cut_log(path: Path, step_number: int) -> None:
 
 def in_words(line: Line) -> str:
     """The figures of a line for people."""
-    fvu = "-" if line["fvu"] is None else f"{line['fvu']:.4f}"
-    dead = "not known yet" if line["dead_latents"] is None else f"{line['dead_latents']:,}"
-    subject = f"loss {line['loss']:.4g}," if line.get("saved_sae_rows") is None else "saved SAE:"
-    return f"{subject} L0 {line['l0']:.1f}, FVU {fvu}, dead {dead}"
+    dead = "not known yet" if line["dead_latents"] is None else figures.count(line["dead_latents"])
+    subject = f"loss {figures.figure(line['loss'])}," if line.get("saved_sae_rows") is None else "saved SAE:"
+    return f"{subject} L0 {figures.figure(line['l0'])}, FVU {figures.figure(line['fvu'])}, dead {dead}"
 
 
 def measured_on(line: Line) -> str:
