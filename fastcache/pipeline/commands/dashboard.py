@@ -6,6 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.interpret.config import DashboardConfig
@@ -23,7 +24,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.  [default: below the latents]"
 )

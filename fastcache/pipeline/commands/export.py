@@ -6,6 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
@@ -22,7 +23,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @output_options
 @settings_options(ExportConfig)
 def command(out: Path | None, fresh: bool, **given: Any) -> None:

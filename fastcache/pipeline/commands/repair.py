@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import AddressOrPath
 
@@ -19,7 +20,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @click.argument("cache", type=AddressOrPath(path_type=Path))
 @click.option("--corpus", metavar="DIR", help="Where the corpus is now.  [default: where it was]")
 @click.option("--device", metavar="TEXT", help="Device of the model.  [default: as for extract]")

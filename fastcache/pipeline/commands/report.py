@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 
 from fastcache.errors import InputError
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.report.config import ReportConfig
@@ -25,7 +26,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @settings_options(ReportConfig)
 def command(**given: Any) -> None:
     """Run the report stage."""

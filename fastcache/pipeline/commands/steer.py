@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from fastcache.pipeline.command import Group
 from fastcache.pipeline.console import RichProgress, printable
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
@@ -37,7 +38,7 @@ Examples:
 """
 
 
-@click.group(help=HELP, invoke_without_command=True)
+@click.group(cls=Group, help=HELP, invoke_without_command=True)
 @output_options
 @settings_options(SteerConfig)
 @click.pass_context
