@@ -1,7 +1,14 @@
 """What can go wrong, by kind. Every message says what was expected, what was found, where, and what to do next.
 
 The command line prints these as one paragraph and exits with code 2; anything else is a bug and shows a traceback.
+Values and other libraries' errors are quoted in messages through `quoted` and `first_line`, so that messages stay short.
 """
+
+import reprlib
+from typing import Any
+
+LONGEST_QUOTE = 120
+LONGEST_REASON = 300
 
 
 class FastcacheError(Exception):
@@ -50,3 +57,32 @@ class BudgetError(FastcacheError, RuntimeError):
 
 class BusyError(FastcacheError, OSError):
     """Another process works on the same output directory."""
+
+
+def shortened(text: str, at_most: int = LONGEST_QUOTE) -> str:
+    """`text`, with its middle replaced by ' ... ' where it has more than `at_most` characters."""
+    if len(text) <= at_most:
+        return text
+    head = (at_most - 5) * 2 // 3
+    tail = at_most - 5 - head
+    return f"{text[:head]} ... {text[len(text) - tail :]}"
+
+
+def printable(text: str) -> str:
+    """`text` with a replacement character for everything that a terminal would obey, and for halves of surrogate pairs."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+
+
+def quoted(value: Any) -> str:
+    """The `repr` of a value for a message: at most about `LONGEST_QUOTE` characters, however large the value is."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = LONGEST_QUOTE
+    brief.maxlist = brief.maxtuple = brief.maxdict = 24
+    return printable(shortened(brief.repr(value)))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says: its first line, printable and short; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip() if lines else ""
+    return printable(shortened(text, LONGEST_REASON)).rstrip(".") or type(error).__name__

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from fastcache import __version__
-from fastcache.errors import FastcacheError
+from fastcache.errors import FastcacheError, first_line, printable, quoted, shortened
+from fastcache.pipeline.command import Group
 from fastcache.pipeline.output import standard_streams
 
 COMMANDS = {
@@ -32,6 +33,7 @@ COMMANDS = {
     "inspect": "Show what is in a corpus, a cache or a trained SAE.",
 }
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+LONGEST_MESSAGE = 2000
 
 HELP = """Cache an LLM's residual activations over chat dialogues once; train many SAEs from the cache.
 
@@ -43,7 +45,7 @@ Examples:
 """
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """Lists the commands without importing them: `fastcache --help` stays quick."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
@@ -72,18 +74,20 @@ def cli() -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Print one paragraph and leave."""
+    """Print one paragraph, without its middle where it is very long, and leave."""
     width = min(100, shutil.get_terminal_size().columns)
-    paragraph = textwrap.fill(f"Error: {message}", width=width, break_long_words=False, break_on_hyphens=False)
+    text = printable(shortened(message, LONGEST_MESSAGE))
+    paragraph = textwrap.fill(f"Error: {text}", width=width, break_long_words=False, break_on_hyphens=False)
     click.echo(paragraph, err=True)
     sys.exit(EXIT_USER_ERROR)
 
 
 @standard_streams()
 def main(arguments: list[str] | None = None, **_extra: Any) -> None:
-    """Run the command line."""
+    """Run the command line: exit code 2 for what a user can mend, 130 for Ctrl-C; bugs are raised."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        _require_text(given)
         if code := cli.main(given, prog_name="fastcache", standalone_mode=False):
             sys.exit(code)  # of a command that ends with `Context.exit`
     except (click.Abort, KeyboardInterrupt):
@@ -91,12 +95,59 @@ def main(arguments: list[str] | None = None, **_extra: Any) -> None:
         click.echo(f"\nInterrupted. What is finished is kept; to resume, run:\n  {resume}", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
+        error.message = printable(shortened(error.message, LONGEST_MESSAGE))
         error.show()
-        sys.exit(error.exit_code)
+        sys.exit(EXIT_USER_ERROR)
     except FastcacheError as error:
         fail(str(error))
     except OSError as error:
-        if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        fail(_of_the_system(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        fail(f"{error.strerror}{place}. What was committed before is kept; mend it and run the same command to resume.")
+        fail(
+            f"There is not enough memory for this ({first_line(error)}). What was committed before is kept. Lower what needs "
+            "memory, as far as the command has it (--buffer-tokens, --batch-size, --expansion, --pack-tokens, --workers), or "
+            "raise the limit (`ulimit -v`, or that of the job), and run the command again."
+        )
+
+
+def _require_text(arguments: list[str]) -> None:
+    """Raise `click.UsageError` for an argument that no file name or UTF-8 file can hold."""
+    for argument in arguments:
+        if "\0" in argument or any("\ud800" <= character <= "\udfff" for character in argument):
+            raise click.UsageError(f"The argument {quoted(argument)} is not UTF-8 text without NUL characters.")
+
+
+ADVICE = {
+    errno.EMFILE: " Raise the limit of open files (`ulimit -n`).",
+    errno.ENFILE: " Close other programs, or raise the limit of open files.",
+    errno.ENOMEM: " Free some memory, or raise the limit.",
+    errno.ENOSPC: " Free some space, or use another disk.",
+    errno.EDQUOT: " Free some of your quota, or use another disk.",
+    errno.EROFS: " Choose an output on a file system that can be written.",
+    errno.EACCES: " Choose a path that you have permission for.",
+    errno.EPERM: " Choose a path that you have permission for.",
+    errno.ENAMETOOLONG: " Choose a shorter path.",
+}
+
+
+def _of_the_system(error: OSError) -> str:
+    """An error of files or the network, in one paragraph."""
+    place = f" ({shortened(str(error.filename))})" if error.filename else ""
+    advice = ADVICE.get(error.errno or 0, "")
+    return (
+        f"{error.strerror or first_line(error)}{place}.{advice} What was committed before is kept; mend it and run the same "
+        "command to resume."
+    )
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory, or a thread, was refused; torch says so by errors of kinds that have other meanings too."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "can't start new thread" in text
+    )

@@ -7,14 +7,19 @@ option itself.
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from fastcache.config import from_mapping
-from fastcache.errors import InputError
+from fastcache.errors import FormatError, InputError, quoted
+from fastcache.files import parse_json
+from fastcache.strict_yaml import parse_yaml
+from fastcache.text_files import read_text_file
+
+MAX_CONFIG_BYTES = 2**20
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -69,8 +74,7 @@ def settings_options(cls: type[Any]) -> Decorator:
         set_help = "Set an option by name. Repeatable."
         function = click.option("--set", "set_", multiple=True, metavar="KEY=VALUE", help=set_help)(function)
         config_help = "Read options from a YAML or JSON file."
-        config_type = click.Path(exists=True, dir_okay=False, path_type=Path)
-        function = click.option("--config", "config_file", type=config_type, help=config_help)(function)
+        function = click.option("--config", "config_file", metavar="FILE", help=config_help)(function)
         return field_options(cls)(function)
 
     return decorate
@@ -97,39 +101,55 @@ def output_options(
     return click.option("--out", type=kind, metavar="DIR", help=out_help)(function)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; raises `InputError` for anything else."""
-    import yaml
-
+def read_config(path: Path, what: str = "--config") -> dict[str, Any]:
+    """The mapping in a YAML or JSON file, which messages call `what`; raises `InputError` for anything else."""
+    text = read_text_file(path, what, MAX_CONFIG_BYTES)
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path} is neither YAML nor JSON: {str(error).splitlines()[0]}.") from error
+        values = parse_json(text, str(path)) if path.suffix.lower() == ".json" else parse_yaml(text, str(path))
+    except FormatError as error:
+        raise InputError(str(error)) from error
     if not isinstance(values, dict):
         raise InputError(f"{path} should map option names to values, found {type(values).__name__}.")
     return values
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """The value that `text` is as YAML; raises `InputError` where it is none."""
-    import yaml
+def with_underscores(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A mapping with _ for - in its keys; raises `InputError` where two keys become one."""
+    changed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name in changed:
+            raise InputError(f"{where}: {quoted(name)} stands twice, with - and with _. Leave one of them out.")
+        changed[name] = value
+    return changed
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: the value is not YAML: {str(error).splitlines()[0]}.") from error
+
+def assignment(text: str, option: str) -> tuple[str, str]:
+    """The name, with underscores, and the text of KEY=VALUE; raises `InputError` for anything else."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"{option} {quoted(text)}: expected KEY=VALUE, for example {option} seed=7.")
+    return key.strip().replace("-", "_"), value
+
+
+def assignments(texts: Iterable[str], option: str) -> dict[str, str]:
+    """Those of an option that can be repeated, by name; raises `InputError` for a name that is given twice."""
+    values: dict[str, str] = {}
+    for text in texts:
+        key, value = assignment(text, option)
+        if key in values:
+            raise InputError(f"{option} {key} is given twice. Leave one of them out.")
+        values[key] = value
+    return values
 
 
 def resolve(cls: type[T], given: dict[str, Any]) -> T:
     """The settings `cls` from what click parsed; takes its own entries out of `given`."""
     values: dict[str, Any] = {}
     if config_file := given.pop("config_file"):
-        values |= {str(key).replace("-", "_"): value for key, value in read_config(config_file).items()}
-    for assignment in given.pop("set_"):
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment}: expected KEY=VALUE, for example --set seed=7.")
-        values[key.strip().replace("-", "_")] = parse_yaml(text, f"--set {assignment}")
+        values |= with_underscores(read_config(Path(config_file)), config_file)
+    for key, text in assignments(given.pop("set_"), "--set").items():
+        values[key] = parse_yaml(text, f"--set {key}")
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         value = given.pop(field.name)
         if value is not None and value != ():

@@ -7,29 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.cache_format.schema import METHODS
-from fastcache.config import from_mapping, nearest
-from fastcache.errors import InputError
-from fastcache.pipeline.options import parse_yaml
+from fastcache.config import from_mapping, nearest, option
+from fastcache.errors import InputError, quoted
+from fastcache.pipeline.options import with_underscores
 from fastcache.pipeline.places import HUB_ROWS
 from fastcache.stages.evaluate.config import EvaluateConfig
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.train.sweep_config import SweepConfig, sweep_config
+from fastcache.strict_yaml import parse_yaml
 
 KEYS = ("corpora", "extract", "methods", "train", "evaluate", "size", "title", "note", "memory")
 SWEEP_KEYS = ("base", "grid", "runs")
+SECTIONS = ("extract", "evaluate", "corpora", "size", "train")
 LEFT_OUT = {"extract": ("method", "split", "corpus"), "evaluate": ("sae", "cache")}
 """Settings that the study gives by its own structure."""
+SMALLEST_SCALE, LARGEST_SCALE = 1e-9, 1e6
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """What costs are reckoned from where the model can't be read."""
 
-    d_in: int
-    n_layers: int
-    parameters: int
-    """Of all decoder layers, without embeddings."""
+    d_in: int = option(help="Width of the residual stream.", at_least=1, at_most=10**7)
+    n_layers: int = option(help="Decoder layers.", at_least=1, at_most=10**5)
+    parameters: int = option(help="Of all decoder layers, without embeddings.", at_least=1, at_most=10**15)
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,18 @@ def is_study(values: Mapping[str, Any]) -> bool:
 
 def read_study(name: str, values: Mapping[str, Any], scale: float = 1.0) -> Study:
     """The study in a mapping, everything in it `scale` times as large; raises `InputError` for what it can't be."""
-    if not 0 < scale < float("inf"):
-        raise InputError(f"--scale {scale:g}: expected a number above 0.")
     for key in values:
         if key not in KEYS:
-            raise InputError(f"{name}: there is no key {key!r}; there are {', '.join(KEYS)}.{nearest(key, KEYS)}")
+            raise InputError(f"{name}: there is no key {quoted(key)}; there are {', '.join(KEYS)}.{nearest(key, KEYS)}")
     sections = {key: _section(name, values, key) for key in ("corpora", "extract", "train", "evaluate", "size")}
     for section, owned in LEFT_OUT.items():
         if found := sorted(set(sections[section]) & set(owned)):
             raise InputError(f"{name}: {section}: {found[0]} is given by the study itself. Leave it out.")
-    methods = values.get("methods") or METHODS
-    if not isinstance(methods, (list, tuple)) or not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
-        raise InputError(f"{name}: methods should be a list of some of {', '.join(METHODS)}, found {methods!r}.")
+    methods = _methods(name, values.get("methods"))
     study = Study(
         name=name,
-        corpora=_corpora(name, sections["corpora"], tuple(methods), scale),
-        methods=tuple(methods),
+        corpora=_corpora(name, sections["corpora"], methods, scale),
+        methods=methods,
         extract=from_mapping(ExtractConfig, _scaled(sections["extract"], ("tokens",), scale), f"{name}: extract"),
         train=_training(name, sections["train"], scale),
         evaluate=_scaled(
@@ -104,13 +102,33 @@ def read_study(name: str, values: Mapping[str, Any], scale: float = 1.0) -> Stud
             scale,
         ),
         size=from_mapping(ModelSize, sections["size"], f"{name}: size") if sections["size"] else None,
-        title=str(values.get("title") or name),
-        note=str(values.get("note") or ""),
+        title=_text(name, values, "title") or name,
+        note=_text(name, values, "note"),
         memory=values.get("memory"),
     )
-    study.members(Path("cache"), None)  # what is wrong is told before the first cache is made
+    study.members(Path("cache"), None)  # what is wrong is reported before the first cache is made
     study.evaluation([], Path("cache"))
     return study
+
+
+def with_command_line(
+    values: Mapping[str, Any], settings: Mapping[str, str], grid: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    """A sweep's mapping with settings from the command line in its `base` and lists of values in its `grid`.
+
+    Values are YAML. Raises `InputError` for text that is none, and for a setting that the members would never see, as the
+    grid or a run says it otherwise.
+    """
+    added = {name: [parse_yaml(text, f"--grid {name}") for text in texts] for name, texts in grid.items()}
+    base, file_grid = _section("sweep", values, "base"), _section("sweep", values, "grid")
+    runs = values.get("runs") or []
+    for name in settings:
+        if name in added or name in file_grid:
+            raise InputError(f"--set {name} and a grid over {name} contradict each other. Leave --set {name} out.")
+        if isinstance(runs, list) and any(isinstance(run, dict) and name in _names(run) for run in runs):
+            raise InputError(f"--set {name}: the runs of the file say {name} themselves. Change it there.")
+    base |= {name: parse_yaml(text, f"--set {name}") for name, text in settings.items()}
+    return {**values, "base": base, "grid": {**file_grid, **added}}
 
 
 def with_settings(
@@ -118,26 +136,50 @@ def with_settings(
 ) -> dict[str, Any]:
     """A study's mapping with settings from the command line: extract.model, evaluate.with_model, or one of training.
 
-    Values are YAML; `grid` is added to that of the training. Raises `InputError` for text that is none.
+    Values are YAML; `grid` is added to that of the training. Raises `InputError` as `with_command_line` does.
     """
     changed: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    train = dict(changed.get("train") or {})
-    added = {name: [parse_yaml(text, f"--grid {name}={text}") for text in texts] for name, texts in grid.items()}
-    train["base"], train["grid"] = dict(train.get("base") or {}), {**(train.get("grid") or {}), **added}
+    of_training: dict[str, str] = {}
     for name, text in settings.items():
         section, dot, key = name.rpartition(".")
-        target = changed.setdefault(section, {}) if dot else train["base"]
-        if not isinstance(target, dict):
-            raise InputError(f"--set {name}: {section} is no section of a study.")
-        target[key] = parse_yaml(text, f"--set {name}={text}")
-    return {**changed, "train": train}
+        if not dot:
+            of_training[key] = text
+            continue
+        if section not in SECTIONS:
+            raise InputError(
+                f"--set {name}: {quoted(section)} is no section of a study; there are {', '.join(SECTIONS)}."
+            )
+        target = changed[section] = _section("--set", changed, section)
+        target[key] = parse_yaml(text, f"--set {name}")
+    return {**changed, "train": with_command_line(_section("study", changed, "train"), of_training, grid)}
+
+
+def _names(values: Mapping[str, Any]) -> set[str]:
+    return {name.replace("-", "_") for name in values}
+
+
+def _methods(name: str, value: Any) -> tuple[str, ...]:
+    methods = METHODS if value is None or value == [] else value
+    is_list = isinstance(methods, (list, tuple)) and all(isinstance(method, str) for method in methods)
+    if not is_list or not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
+        raise InputError(f"{name}: methods should be a list of some of {', '.join(METHODS)}, found {quoted(value)}.")
+    return tuple(methods)
+
+
+def _text(name: str, values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key)
+    if isinstance(value, (dict, list, bool)):
+        raise InputError(f"{name}: {key} should be text, found {quoted(value)}.")
+    return "" if value is None else str(value)
 
 
 def _section(name: str, values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = values.get(key) or {}
-    if not isinstance(found, dict):
-        raise InputError(f"{name}: {key} should be a mapping, found {type(found).__name__}.")
-    return {str(inner).replace("-", "_"): value for inner, value in found.items()}
+    section = values.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise InputError(f"{name}: {key} should be a mapping, found {type(section).__name__} {quoted(section)}.")
+    return with_underscores(section, f"{name}: {key}")
 
 
 def _corpora(
@@ -153,7 +195,7 @@ def _corpus(where: str, value: Any, scale: float) -> PrepareConfig | Path:
     if isinstance(value, str):
         return Path(value)
     if not isinstance(value, dict):
-        raise InputError(f"{where} should be a folder or settings of `fastcache prepare`, found {value!r}.")
+        raise InputError(f"{where} should be a folder or settings of `fastcache prepare`, found {quoted(value)}.")
     config = from_mapping(PrepareConfig, value, where)
     if scale < 1:
         config = dataclasses.replace(config, max_rows=max(1, round(scale * (config.max_rows or HUB_ROWS))))
@@ -163,11 +205,14 @@ def _corpus(where: str, value: Any, scale: float) -> PrepareConfig | Path:
 def _training(name: str, values: dict[str, Any], scale: float) -> dict[str, Any]:
     for key in values:
         if key not in SWEEP_KEYS:
-            raise InputError(f"{name}: train: there is no key {key!r}; there are {', '.join(SWEEP_KEYS)}.")
+            raise InputError(f"{name}: train: there is no key {quoted(key)}; there are {', '.join(SWEEP_KEYS)}.")
+    runs = values.get("runs")
+    if runs is not None and not isinstance(runs, list):
+        raise InputError(f"{name}: train: runs should be a list of mappings, found {quoted(runs)}.")
     return {
-        "base": _scaled(values.get("base") or {}, ("tokens",), scale),
-        "grid": _scaled(values.get("grid") or {}, ("tokens",), scale),
-        "runs": [_scaled(run, ("tokens",), scale) for run in values.get("runs") or []],
+        "base": _scaled(_section(f"{name}: train", values, "base"), ("tokens",), scale),
+        "grid": _scaled(_section(f"{name}: train", values, "grid"), ("tokens",), scale),
+        "runs": [_scaled(run, ("tokens",), scale) for run in runs or []],
     }
 
 
@@ -176,7 +221,7 @@ def _scaled(values: Any, names: tuple[str, ...], scale: float) -> Any:
 
     def times(value: Any) -> Any:
         if isinstance(value, list):
-            return [times(one) for one in value]
+            return [times(item) for item in value]
         return max(1, round(value * scale)) if type(value) is int else value
 
     if scale == 1 or not isinstance(values, dict):

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.interpret.config import DashboardConfig
@@ -22,7 +23,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.  [default: below the latents]"
 )

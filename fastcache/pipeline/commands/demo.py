@@ -4,6 +4,9 @@ from pathlib import Path
 
 import click
 
+from fastcache.config import parse_number
+from fastcache.pipeline.command import Command
+
 HELP = """Run the whole pipeline on a small embedded chat model, offline: three data methods, two layers, two
 architectures, held-out figures and an HTML report. Takes minutes; interrupted, it resumes.
 
@@ -13,8 +16,10 @@ Examples:
   fastcache demo --out my-demo --tokens 40_000
 """
 
+MOST_TOKENS = 10**12
 
-@click.command(help=HELP)
+
+@click.command(cls=Command, help=HELP)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("fastcache-runs/demo"), show_default=True, metavar="DIR"
 )
@@ -22,12 +27,8 @@ Examples:
 @click.option("--fresh", is_flag=True, help="Start over: remove what an earlier demo left in DIR.")
 def command(out: Path, tokens: str, fresh: bool) -> None:
     """Run the demo."""
-    from fastcache.errors import InputError
+    n_tokens = parse_number("--tokens", tokens, 1, MOST_TOKENS)
     from fastcache.pipeline.console import make_console
     from fastcache.pipeline.demo import run_demo
 
-    try:
-        n_tokens = int(tokens.replace(",", ""))
-    except ValueError as error:
-        raise InputError(f"--tokens {tokens}: expected a whole number.") from error
     run_demo(out, n_tokens, fresh, make_console())

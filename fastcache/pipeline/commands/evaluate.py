@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.evaluate.config import EvaluateConfig
@@ -22,7 +23,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @settings_options(EvaluateConfig)
 def command(**given: Any) -> None:
     """Run the evaluate stage."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import AddressOrPath, output_options, resolve, settings_options
 from fastcache.pipeline.places import cache_place, find_corpus
@@ -29,7 +30,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @partial(output_options, remote=True)
 @click.option("--force", is_flag=True, help="Begin even if disk or memory seem not to be enough.")
 @click.option(

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.options import AddressOrPath, field_options
 from fastcache.stages.train.config import ShuffleConfig
 
@@ -23,7 +24,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @click.argument("path", type=AddressOrPath(path_type=Path))
 @click.option("--shuffle", is_flag=True, help="Measure how well training would mix this cache.")
 @field_options(ShuffleConfig)

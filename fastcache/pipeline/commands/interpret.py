@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastcache.pipeline.command import Group
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
@@ -52,7 +53,7 @@ Examples:
 """
 
 
-@click.group(help=HELP, invoke_without_command=True)
+@click.group(cls=Group, help=HELP, invoke_without_command=True)
 @output_options
 @settings_options(InterpretConfig)
 @click.pass_context

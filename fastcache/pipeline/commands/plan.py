@@ -1,14 +1,15 @@
 """`fastcache plan`."""
 
-from pathlib import Path
-
 import click
 from rich.table import Table
 
+from fastcache.config import parse_number
 from fastcache.errors import InputError
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import read_config
-from fastcache.pipeline.study import Study, is_study, read_study
+from fastcache.pipeline.study import LARGEST_SCALE, SMALLEST_SCALE, Study, is_study, read_study
+from fastcache.pipeline.study_files import find_study_file
 
 HELP = """Say what studies cost before they are run: SAEs, disk, arithmetic, hours.
 
@@ -18,30 +19,33 @@ device, times --devices: the least that they can take. For one cache, `train` an
 
 \b
 Examples:
-  fastcache plan recipes/demo-study/demo-study.yaml
-  fastcache plan recipes/fast-paper/*.yaml --tflops 400 --devices 8
-  fastcache plan recipes/fast-paper/*.yaml --scale 0.01
+  fastcache plan demo-study
+  fastcache plan qwen2.5-0.5b-instruct llama-3.1-8b-instruct --tflops 400 --devices 8
+  fastcache plan my-study.yaml --scale 0.01
 """
 
+SMALLEST_TFLOPS, LARGEST_TFLOPS = 1e-6, 1e9
+MOST_DEVICES = 1_000_000
 
-@click.command(help=HELP)
-@click.argument(
-    "studies", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="STUDY..."
-)
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Plan so many times the study's tokens.")
-@click.option("--tflops", type=float, help="TFLOP/s of a device.  [default: measured here]")
-@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices side by side.")
-def command(studies: tuple[Path, ...], scale: float, tflops: float | None, devices: int) -> None:
+
+@click.command(cls=Command, help=HELP)
+@click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
+@click.option("--scale", metavar="X", default="1", show_default=True, help="Plan so many times the study's tokens.")
+@click.option("--tflops", metavar="X", help="TFLOP/s of a device.  [default: measured here]")
+@click.option("--devices", metavar="N", default="1", show_default=True, help="Devices side by side.")
+def command(studies: tuple[str, ...], scale: str, tflops: str | None, devices: str) -> None:
     """Print the costs of studies."""
-    if tflops is not None and not 0 < tflops < float("inf"):
-        raise InputError(f"--tflops {tflops:g}: expected a number above 0.")
+    times = parse_number("--scale", scale, SMALLEST_SCALE, LARGEST_SCALE)
+    speed = None if tflops is None else parse_number("--tflops", tflops, SMALLEST_TFLOPS, LARGEST_TFLOPS)
+    n_devices = parse_number("--devices", devices, 1, MOST_DEVICES)
     found = []
-    for path in studies:
-        values = read_config(path)
+    for text in studies:
+        path = find_study_file(text, "STUDY")
+        values = read_config(path, "STUDY")
         if not is_study(values):
             raise InputError(f"{path} is no study: it has no `extract`. For a sweep: fastcache sweep --dry-run.")
-        found.append(read_study(path.stem, values, scale))
-    show_costs(found, tflops, devices, RichProgress(make_console()))
+        found.append(read_study(path.stem, values, times))
+    show_costs(found, speed, n_devices, RichProgress(make_console()))
 
 
 def show_costs(studies: list[Study], tflops: float | None, devices: int, progress: RichProgress) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import corpus_place
@@ -21,7 +22,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @output_options
 @settings_options(PrepareConfig)
 def command(out: Path | None, fresh: bool, **given: Any) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import AddressOrPath
 
@@ -18,7 +19,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @click.argument("cache", type=AddressOrPath(path_type=Path))
 @click.option("--corpus", metavar="DIR", help="Where the corpus is now.  [default: where it was]")
 @click.option("--device", metavar="TEXT", help="Device of the model.  [default: as for extract]")

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from fastcache.errors import InputError
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import resolve, settings_options
 from fastcache.stages.report.config import ReportConfig
@@ -24,7 +25,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @settings_options(ReportConfig)
 def command(**given: Any) -> None:
     """Run the report stage."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastcache.figures import count, figure, percent, setting
+from fastcache.pipeline.command import Group
 from fastcache.pipeline.console import RichProgress, make_console, printable
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
@@ -39,7 +40,7 @@ Examples:
 """
 
 
-@click.group(help=HELP, invoke_without_command=True)
+@click.group(cls=Group, help=HELP, invoke_without_command=True)
 @output_options
 @settings_options(SteerConfig)
 @click.pass_context

@@ -6,11 +6,22 @@ from typing import Any
 
 import click
 
+from fastcache.config import parse_number
 from fastcache.errors import InputError
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
-from fastcache.pipeline.options import output_options, read_config
+from fastcache.pipeline.options import assignments, output_options, read_config
 from fastcache.pipeline.places import RUNS, slug
-from fastcache.pipeline.study import Study, is_study, read_study, with_settings
+from fastcache.pipeline.study import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    Study,
+    is_study,
+    read_study,
+    with_command_line,
+    with_settings,
+)
+from fastcache.pipeline.study_files import find_study_file
 
 HELP = """Train many SAEs in one pass over a cache, or run a study.
 
@@ -28,8 +39,8 @@ Examples:
   fastcache sweep --cache DIR --set arch=jumprelu --grid target_l0=16,32,64,128
   fastcache sweep --cache DIR --grid arch=topk,batchtopk --grid k=32,64 --grid seed=1,2 --memory 16GB
   fastcache sweep --cache DIR --config sweep.yaml --dry-run
-  fastcache sweep --config recipes/demo-study/demo-study.yaml
-  fastcache sweep --config recipes/fast-paper/qwen2.5-0.5b-instruct.yaml --scale 0.01
+  fastcache sweep --config demo-study
+  fastcache sweep --config qwen2.5-0.5b-instruct --scale 0.01
 
 \b
 sweep.yaml:
@@ -41,38 +52,41 @@ sweep.yaml:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @click.option("--cache", metavar="DIR", help="Cache made by `fastcache extract`.")
 @click.option(
-    "--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML or JSON file."
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML or JSON file, or the name of a study that comes with fastcache.",
 )
 @click.option("--grid", multiple=True, metavar="KEY=V1,V2", help="Train with each of these values. Repeatable.")
 @click.option("--set", "set_", multiple=True, metavar="KEY=VALUE", help="Set an option of all members. Repeatable.")
 @click.option(
     "--memory", metavar="SIZE", help="What the sweep may take, such as 16GB.  [default: 80 % of what is free]"
 )
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Of a study: so many times its tokens.")
+@click.option("--scale", metavar="X", default="1", show_default=True, help="Of a study: so many times its tokens.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
 @output_options
 def command(
-    cache: str | None, config_file: Path | None, grid: tuple[str, ...], set_: tuple[str, ...], memory: str | None,
-    scale: float, dry_run: bool, out: Path | None, fresh: bool,
+    cache: str | None, config_file: str | None, grid: tuple[str, ...], set_: tuple[str, ...], memory: str | None,
+    scale: str, dry_run: bool, out: Path | None, fresh: bool,
 ) -> None:  # fmt: skip
     """Run a sweep or a study."""
-    values: dict[str, Any] = read_config(config_file) if config_file else {}
+    path = find_study_file(config_file) if config_file else None
+    values: dict[str, Any] = read_config(path) if path else {}
     values |= {name: given for name, given in (("cache", cache), ("memory", memory)) if given is not None}
-    added = {key: text.split(",") for key, text in (_assignment(text, "--grid") for text in grid)}
-    settings = dict(_assignment(text, "--set") for text in set_)
+    added = {key: text.split(",") for key, text in assignments(grid, "--grid").items()}
+    settings = assignments(set_, "--set")
+    times = parse_number("--scale", scale, SMALLEST_SCALE, LARGEST_SCALE)
     progress = RichProgress(make_console())
-    if config_file and is_study(values):
-        study = read_study(config_file.stem, with_settings(values, settings, added), scale)
+    if path and is_study(values):
+        study = read_study(path.stem, with_settings(values, settings, added), times)
         _run_study(study, dry_run, out or RUNS / slug(study.name), fresh, progress)
         return
-    if scale != 1:
+    if times != 1:
         raise InputError("--scale is for a study, a file with `extract`. For a sweep of one cache say --set tokens=N.")
-    values["base"] = {**(values.get("base") or {}), **settings}
-    values["grid"] = {**(values.get("grid") or {}), **added}
-    _run_sweep(values, dry_run, out, fresh, progress)
+    _run_sweep(with_command_line(values, settings, added), dry_run, out, fresh, progress)
 
 
 def _run_sweep(values: dict[str, Any], dry_run: bool, out: Path | None, fresh: bool, progress: RichProgress) -> None:
@@ -106,13 +120,6 @@ def _run_study(study: Study, dry_run: bool, out: Path, fresh: bool, progress: Ri
     progress.say(f"Study {study.name} in {out}: prepare, extract, train, evaluate, report.")
     show_evaluations(progress.console, run_study(study, out, progress, fresh))
     progress.say(f"Report: {(out / REPORT_FILE).resolve()}")
-
-
-def _assignment(text: str, option: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not value:
-        raise InputError(f"{option} {text}: expected KEY=VALUE, for example {option} seed=7.")
-    return key.strip().replace("-", "_"), value
 
 
 def _options(place: Path, result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import output_options, resolve, settings_options
 from fastcache.pipeline.places import RUNS, slug
@@ -27,7 +28,7 @@ Examples:
 """
 
 
-@click.command(help=HELP)
+@click.command(cls=Command, help=HELP)
 @click.option("--dry-run", is_flag=True, help="Print steps, memory, disk reads and time; train nothing.")
 @output_options
 @settings_options(TrainConfig)

@@ -4,6 +4,8 @@ import shlex
 
 import click
 
+from fastcache.config import parse_number
+from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 
 HELP = """Check every byte, index and count of a cache, and its ledger.
@@ -18,20 +20,23 @@ Examples:
   fastcache verify CACHE --workers 32
 """
 
+MOST_THREADS = 1024
 
-@click.command(help=HELP)
+
+@click.command(cls=Command, help=HELP)
 @click.argument("cache")
 @click.option("--quick", is_flag=True, help="Check structure and sizes only.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads.  [default: one a core, at most 16]")
+@click.option("--workers", metavar="N", help="Threads.  [default: one a core, at most 16]")
 @click.pass_context
-def command(context: click.Context, cache: str, quick: bool, workers: int | None) -> None:
+def command(context: click.Context, cache: str, quick: bool, workers: str | None) -> None:
     """Print what is wrong, and then how much."""
+    n_threads = None if workers is None else parse_number("--workers", workers, 1, MOST_THREADS)
     from fastcache.cache_format.storage import open_storage
     from fastcache.cache_format.verify import verify
 
     progress = RichProgress(make_console())
     parts, n_problems = set(), 0
-    for finding in verify(open_storage(cache), quick=quick, workers=workers, progress=progress):
+    for finding in verify(open_storage(cache), quick=quick, workers=n_threads, progress=progress):
         progress.say(f"note: {finding}" if finding.is_note else str(finding))
         if not finding.is_note:
             parts.add(finding.part)
