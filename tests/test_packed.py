@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 from fastcache.errors import ModelError
 from fastcache.llm import packed_attention
-from fastcache.llm.loading import ModelSource, decoder_layers
+from fastcache.llm.decoder import decoder_layers
+from fastcache.llm.loading import ModelSource
 from fastcache.llm.packed_attention import Segments, UnknownAttentionError
 from fastcache.llm.transformers_backend import TransformersBackend, packs, window_mismatch
 
@@ -324,5 +325,5 @@ def test_varlen_kernels_are_for_cuda_alone():
     ],
 )
 def test_windows_are_those_of_the_configuration(settings, windows, words):
-    found = window_mismatch(SimpleNamespace(num_hidden_layers=2, **settings), windows)
+    found = window_mismatch(SimpleNamespace(num_hidden_layers=2, **settings), windows, 2)
     assert (words in found) if words else not found

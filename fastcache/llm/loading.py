@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from fastcache.cache_format.schema import layer_of
 from fastcache.config import differences
 from fastcache.errors import FastcacheError, InputError, MismatchError, ModelError
 from fastcache.files import fingerprint
+from fastcache.llm.decoder import Decoder, checkpoint_class, cut_class, decoder_layers, unknown_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +86,20 @@ def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
         raise ModelError(f"The {what} of model {source.name!r} can't be loaded. {advice}. ({reason})") from error
 
 
+@contextmanager
+def weight_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """`_clear_errors`, and those of building a model and of converting stored weights to its layout."""
+    try:
+        with _clear_errors(source, what):
+            yield
+    except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ModelError(
+            f"transformers can't make the {what} of model {source.name!r} into a model. The configuration may be wrong, "
+            f"the files incomplete, or the installed transformers too old for it. ({type(error).__name__}: {reason})"
+        ) from error
+
+
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     """The model's fast tokenizer; raises `ModelError` if there is none."""
     from transformers import AutoTokenizer
@@ -104,8 +120,8 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase", source: ModelSou
         )
 
 
-def load_config(source: ModelSource) -> Any:
-    """The text model's configuration."""
+def load_whole_config(source: ModelSource) -> Any:
+    """The checkpoint's own configuration; that of a multimodal wrapper contains a text configuration."""
     from transformers import AutoConfig
 
     source.require_existing()
@@ -116,6 +132,12 @@ def load_config(source: ModelSource) -> Any:
             f"Model {source.name!r} is an encoder-decoder ({config.model_type}); fastcache caches decoder-only models, "
             "whose layers see one sequence. Choose one of those."
         )
+    return config
+
+
+def load_config(source: ModelSource) -> Any:
+    """The text decoder's configuration."""
+    config = load_whole_config(source)
     text = config.get_text_config(decoder=True)
     if quantised := getattr(config, "quantization_config", None):  # stands on the outside of a model with several parts
         text.quantization_config = quantised
@@ -132,14 +154,6 @@ def check_layers(config: Any, hook_points: list[str], source: ModelSource, optio
             )
 
 
-def decoder_layers(model: torch.nn.Module, n_layers: int) -> torch.nn.ModuleList:
-    """The list of decoder layers: the only list of that length in the model."""
-    found = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers]
-    if len(found) != 1:
-        raise ModelError(f"{type(model).__name__} has {len(found)} lists of {n_layers} layers; expected one.")
-    return found[0]
-
-
 def cut_layers(config: Any, n_layers: int) -> Any:
     """Have a configuration describe the model's first `n_layers` layers only; returns it."""
     text = config.get_text_config(decoder=True)
@@ -151,39 +165,64 @@ def cut_layers(config: Any, n_layers: int) -> Any:
     return config
 
 
-def _base_config(source: ModelSource, n_layers: int | None) -> Any:
-    """The configuration of the decoder, cut to its first `n_layers` layers."""
-    config = load_config(source)
-    return config if n_layers is None else cut_layers(config, n_layers)
+def load_decoder(source: ModelSource, n_kept: int, dtype: torch.dtype, device: str) -> Decoder:
+    """The text decoder without LM head, cut to its first `n_kept` layers; the weights of the others are never read.
 
-
-def load_base_model(source: ModelSource, n_layers: int | None, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """The decoder without LM head, cut to its first `n_layers` layers: the others are never loaded."""
-    from transformers import AutoModel
-
-    config = _base_config(source, n_layers)
-    with _clear_errors(source, "weights"):
-        model = AutoModel.from_pretrained(source.path, config=config, dtype=dtype, **source.keywords())
-    return model.to(device).eval()
+    Raises `ModelError` for a model that can't be loaded, or that lacks a weight.
+    """
+    config = load_whole_config(source)
+    n_layers = config.get_text_config(decoder=True).num_hidden_layers
+    cut = cut_class(checkpoint_class(config, source.path, source.trust_remote_code), n_layers, n_kept)
+    with weight_errors(source, "weights"):
+        model, report = cut.from_pretrained(source.path, config=config, dtype=dtype, **WITH_REPORT, **source.keywords())
+    require_complete(report, source)
+    unknown = unknown_weights(report["unexpected_keys"], model.omitted, n_layers)
+    decoder = model.get_submodule(model.decoder_path).to(device).eval()
+    return Decoder(decoder, decoder_layers(decoder, n_kept), unknown)
 
 
 def load_language_model(source: ModelSource, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """The whole model, with its LM head."""
-    from transformers import AutoModelForCausalLM
+    """The whole model with its LM head, as users of transformers load it; a wrapper keeps its other parts.
 
-    with _clear_errors(source, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.keywords())
+    Raises `ModelError` for a model that can't be loaded, or that lacks a weight.
+    """
+    import transformers
+
+    config = load_whole_config(source)
+    is_wrapper = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = transformers.AutoModelForImageTextToText if is_wrapper else transformers.AutoModelForCausalLM
+    with weight_errors(source, "weights"):
+        model, report = auto.from_pretrained(source.path, dtype=dtype, **WITH_REPORT, **source.keywords())
+    require_complete(report, source)
     return model.to(device).eval()
 
 
-def count_parameters(source: ModelSource, n_layers: int | None) -> int:
-    """Parameters of what `load_base_model` loads; no weight is read."""
-    from transformers import AutoModel
+WITH_REPORT: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Have `from_pretrained` report what it initialises at random instead, so that the error can name it."""
 
-    config = _base_config(source, n_layers)
-    with _clear_errors(source, "configuration"), torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=source.trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
+
+def require_complete(report: dict[str, Any], source: ModelSource) -> None:
+    """Raise `ModelError`, naming them, for weights that a checkpoint lacks or has in another shape than the model."""
+    advice = "Nothing was computed. The files may be incomplete or of another model: get them again."
+    if missing := sorted(report["missing_keys"]):
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"The checkpoint of model {source.name!r} lacks weights that the model needs: {names}. {advice}")
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"In the checkpoint of model {source.name!r}, {name} has shape {tuple(stored)}, but its configuration asks "
+            f"for {tuple(expected)}. {advice}"
+        )
+
+
+def count_parameters(source: ModelSource, n_layers: int | None) -> int:
+    """Parameters of the decoder cut to its first `n_layers` layers, or of the whole model; no weight is read."""
+    config = load_whole_config(source)
+    n_all = config.get_text_config(decoder=True).num_hidden_layers
+    whole = checkpoint_class(config, source.path, source.trust_remote_code)
+    with weight_errors(source, "configuration"), torch.device("meta"):
+        model = whole(config) if n_layers is None else cut_class(whole, n_all, n_layers)(config)
+    part = model if n_layers is None else model.get_submodule(model.decoder_path)
+    return sum(parameter.numel() for parameter in part.parameters())
 
 
 def _weights_fingerprint(folder: Path) -> str:
@@ -208,10 +247,19 @@ def quantisation(config: Any) -> dict[str, Any]:
     return {name: settings[name] for name in names if name in settings}
 
 
+def with_finite_numbers(settings: Any) -> Any:
+    """The settings with texts ("inf", "-inf", "nan") for numbers that strict JSON can't express; others are unchanged."""
+    if isinstance(settings, dict):
+        return {key: with_finite_numbers(value) for key, value in settings.items()}
+    if isinstance(settings, (list, tuple)):
+        return [with_finite_numbers(value) for value in settings]
+    return str(settings) if isinstance(settings, float) and not math.isfinite(settings) else settings
+
+
 def model_identity(source: ModelSource, config: Any) -> dict[str, Any]:
     """What tells this model from another: name, revision or weights, and the configuration's hash."""
     settings = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
-    identity: dict[str, Any] = {"name": source.name, "config_sha256": fingerprint(settings)}
+    identity: dict[str, Any] = {"name": source.name, "config_sha256": fingerprint(with_finite_numbers(settings))}
     if quantised := quantisation(config):
         identity["quantisation"] = quantised
     if source.is_local:

@@ -1,8 +1,6 @@
 """The parity gate: before anything is written, a few sequences are compared with the plain model.
 
-The reference is the whole model as its authors' library runs it, float32, one sequence at a time; the residual stream
-is read from `output_hidden_states`, which shares nothing with the backends' hooks (but for the last layer, whose entry
-there is after the final norm and which is therefore hooked).
+The reference (`reference.py`) is the whole model as users of transformers load and run it.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from fastcache.cache_format.schema import layer_of
 from fastcache.errors import MismatchError
 from fastcache.llm.backend import Backend, Residuals, TokenIds
-from fastcache.llm.loading import ModelSource, decoder_layers, load_base_model
+from fastcache.llm.loading import ModelSource
+from fastcache.llm.reference import Reference
 
 RELATIVE_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
 """Largest relative L2 difference of a sequence, by the dtype that the backend runs in."""
@@ -30,25 +27,8 @@ def spread(lengths: Sequence[int], count: int) -> list[int]:
 
 def reference_residuals(source: ModelSource, hook_points: Sequence[str]) -> Callable[[TokenIds], Residuals]:
     """A function that computes the residuals of one sequence with the plain, whole, float32 model on the CPU."""
-    model: Any = load_base_model(source, None, torch.float32, "cpu")
-    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    last: list[torch.Tensor] = []
-
-    def keep_last(_module: Any, _inputs: Any, output: Any) -> None:
-        last[:] = [output[0] if isinstance(output, tuple) else output]
-
-    decoder_layers(model, n_layers)[-1].register_forward_hook(keep_last)
-
-    @torch.inference_mode()
-    def residuals(token_ids: TokenIds) -> Residuals:
-        ids = torch.from_numpy(token_ids.astype(np.int64))[None]
-        states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        by_layer = {
-            layer: last[0] if layer == n_layers - 1 else states[layer + 1] for layer in map(layer_of, hook_points)
-        }
-        return {hook: by_layer[layer_of(hook)][0].numpy() for hook in hook_points}
-
-    return residuals
+    reference = Reference(source, hook_points)
+    return lambda token_ids: next(reference.residuals([token_ids]))
 
 
 def relative_difference(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -17,7 +17,8 @@ import torch
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import Residuals, TokenIds, default_pack_tokens
-from fastcache.llm.loading import ModelSource, check_layers, decoder_layers, load_base_model, load_config, quiet
+from fastcache.llm.decoder import enough, residual_stream, run_until_enough
+from fastcache.llm.loading import ModelSource, check_layers, load_config, load_decoder, quiet
 from fastcache.llm.packed_attention import NAME, Segments, UnknownAttentionError, register
 from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
 
@@ -77,18 +78,20 @@ class TransformersBackend:
 
         `pack_tokens` 1 runs one sequence at a time.
         """
-        check_layers(load_config(source), list(hook_points), source)
+        self._config = load_config(source)
+        check_layers(self._config, list(hook_points), source)
         self.hook_points = list(hook_points)
         self.device = device
         self.note: str | None = None
         """Why sequences are run one at a time, if they are."""
         self._dtype = dtype
-        n_layers = max(layer_of(hook) for hook in hook_points) + 1
-        self._model: Any = load_base_model(source, n_layers, DTYPES[dtype], self.device)
+        self._n_layers = max(layer_of(hook) for hook in hook_points) + 1
+        decoder = load_decoder(source, self._n_layers, DTYPES[dtype], self.device)
+        self._model = decoder.model
         self._captured: dict[str, torch.Tensor] = {}
-        layers = decoder_layers(self._model, n_layers)
         for hook in self.hook_points:
-            layers[layer_of(hook)].register_forward_hook(self._capture(hook))
+            decoder.layers[layer_of(hook)].register_forward_hook(self._capture(hook))
+        decoder.layers[-1].register_forward_hook(enough)
         self._pack_tokens = default_pack_tokens("transformers", device) if pack_tokens is None else pack_tokens
         self._shortest = 1
         if self._pack_tokens > 1:
@@ -96,7 +99,7 @@ class TransformersBackend:
 
     def _capture(self, name: str) -> Any:
         def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            self._captured[name] = output[0] if isinstance(output, tuple) else output
+            self._captured[name] = residual_stream(output, self._config)
 
         return hook
 
@@ -122,9 +125,9 @@ class TransformersBackend:
         packed = {}
         if self._pack_tokens > 1:
             packed = {"position_ids": segments.positions()[None].to(self.device), "fastcache_segments": segments}
-        self._model(input_ids=token_ids, use_cache=False, **packed)
+        run_until_enough(self._model, input_ids=token_ids, use_cache=False, **packed)
         captured, self._captured = self._captured, {}
-        return _Launched(segments, {name: states[0] for name, states in captured.items()})
+        return _Launched(segments, captured)
 
     def _use_packs(self) -> None:
         """Change over to packs, unless the self-check finds that this model can't."""
@@ -157,7 +160,7 @@ class TransformersBackend:
         for windows in (pack.segments.windows for pack in launched):
             if not windows:
                 return "transformers can't exchange its attention"
-            if reason := window_mismatch(self._model.config.get_text_config(decoder=True), windows):
+            if reason := window_mismatch(self._config, windows, self._n_layers):
                 return reason
         exact = self._dtype == "float32" and self.device == "cpu"
         found = (residuals for pack in launched for residuals in pack.residuals())
@@ -188,15 +191,17 @@ def packs(sequences: Iterable[TokenIds], pack_tokens: int, shortest: int = 1) ->
         yield pack
 
 
-def window_mismatch(config: Any, windows: dict[int, int | None]) -> str:
-    """Why the windows that the layers asked of attention aren't those of the configuration; empty if they are.
+def window_mismatch(config: Any, windows: dict[int, int | None], n_layers: int) -> str:
+    """Why the windows that the first `n_layers` layers asked of attention aren't those of the configuration.
 
-    The sequences of the self-check are shorter than most windows, so that their values say nothing of them.
+    Empty if they are. The sequences of the self-check are shorter than most windows, so that their values say nothing of
+    them.
     """
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if types is None:
-        types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+        types = ["full_attention" if window is None else "sliding_attention"] * n_layers
+    types = types[:n_layers]
     if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
         return f"it has layers of {', '.join(unknown)}"
     expected = {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(types)}
