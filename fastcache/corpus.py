@@ -1,7 +1,11 @@
 """The corpus directory that `prepare` writes and `extract` reads: Parquet files by split, and corpus.json.
 
-A row is a dialogue (`messages`) or a plain document (`text`). Rows are numbered in their permuted order, over all
-splits; that number is the row's name everywhere downstream.
+A row is a dialogue (`messages`, and `tools` where it has any) or a plain document (`text`). Rows are numbered in their
+permuted order, over all splits; that number is the row's name everywhere downstream.
+
+A message has a role (system, user, assistant or tool) and a content, and where the data set has them the fields of
+`OPTIONAL_FIELDS`. Its content is null only if it is an assistant's that consists of tool calls or reasoning. Tool calls
+and tools are stored as JSON text, because their arguments and parameters have no common type.
 """
 
 from collections import Counter
@@ -16,12 +20,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcache.errors import FormatError, InputError, IntegrityError
-from fastcache.files import read_json, require_fields
+from fastcache.files import parse_json, read_json, require_fields
 
 CORPUS_FILE = "corpus.json"
-CORPUS_VERSION = "1.0"
+CORPUS_VERSION = "1.1"
+"""1.1 added `OPTIONAL_FIELDS` and `tools`; corpora of 1.0 are read as those that have none of them."""
 
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+OPTIONAL_FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name")
+"""Fields of a message beside role and content; `tool_calls` is JSON text of a list of
+`{"id"?, "type": "function", "function": {"name", "arguments"}}`, with arguments as an object or as text, as the source
+had them."""
+
+Message = dict[str, Any]
+"""A message in memory: `role`, and of `content` and `OPTIONAL_FIELDS` those that are there; tool calls are parsed."""
+
+MESSAGE = pa.struct([(name, pa.string()) for name in ("role", "content", *OPTIONAL_FIELDS)])
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -29,6 +42,7 @@ SCHEMA = pa.schema(
         ("source_row", pa.int64()),
         ("messages", pa.list_(MESSAGE)),
         ("text", pa.string()),
+        ("tools", pa.string()),
     ]
 )
 
@@ -39,8 +53,37 @@ class CorpusRow:
 
     row: int
     source: str
-    messages: list[dict[str, str]] | None
+    messages: list[Message] | None
     text: str | None
+    tools: list[Any] | None = None
+    """Definitions of the tools that a dialogue has, as its data set had them."""
+
+
+def present(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stored struct that are not null."""
+    return {name: value for name, value in stored.items() if value is not None}
+
+
+def _parsed_list(text: str, where: str) -> list[Any]:
+    value = parse_json(text, where)
+    if not isinstance(value, list):
+        raise FormatError(f"{where} should be a JSON list, found {type(value).__name__}. Prepare the corpus again.")
+    return value
+
+
+def to_row(stored: dict[str, Any], path: Path) -> CorpusRow:
+    """A row as a file of a corpus of any version 1.x has it; raises `FormatError` that names `path` for broken JSON."""
+    where = f"{path}, row {stored['row']}"
+    messages = stored["messages"]
+    if messages is not None:
+        messages = [present(message) for message in messages]
+        for message in messages:
+            if "tool_calls" in message:
+                message["tool_calls"] = _parsed_list(message["tool_calls"], f"{where}: tool_calls")
+    tools = stored.get("tools")
+    if tools is not None:
+        tools = _parsed_list(tools, f"{where}: tools")
+    return CorpusRow(stored["row"], stored["source"], messages, stored["text"], tools)
 
 
 def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -117,7 +160,7 @@ class Corpus:
         for path in sorted(self.path.glob(f"{split}-*.parquet")):
             for raw in _rows_of(path):
                 found += 1
-                yield CorpusRow(raw["row"], raw["source"], raw["messages"], raw["text"])
+                yield to_row(raw, path)
         if found != expected:
             raise IntegrityError(
                 f"{self.path} has {found} rows in the split {split!r}, expected {expected}. Prepare it again."

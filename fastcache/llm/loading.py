@@ -206,7 +206,9 @@ def require_complete(report: dict[str, Any], source: ModelSource) -> None:
     advice = "Nothing was computed. The files may be incomplete or of another model: get them again."
     if missing := sorted(report["missing_keys"]):
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(f"The checkpoint of model {source.name!r} lacks weights that the model needs: {names}. {advice}")
+        raise ModelError(
+            f"The checkpoint of model {source.name!r} lacks weights that the model needs: {names}. {advice}"
+        )
     for name, stored, expected in sorted(report["mismatched_keys"]):
         raise ModelError(
             f"In the checkpoint of model {source.name!r}, {name} has shape {tuple(stored)}, but its configuration asks "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fastcache.corpus import MESSAGE
+from fastcache.corpus import MESSAGE, OPTIONAL_FIELDS
 from fastcache.errors import InputError
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.kernels import U32, Bytes, Numbers, whole_hashes
@@ -33,6 +33,7 @@ STAGED = pa.schema(
         ("whole", pa.binary(WHOLE.itemsize)),
         ("messages", pa.list_(MESSAGE)),
         ("text", pa.string()),
+        ("tools", pa.string()),
     ]
 )
 MAX_BYTES = 2**31 - 1
@@ -151,7 +152,8 @@ class CleanRows:
             places = np.cumsum(self.n_turns) - 1  # of a text in the turns
             texts = said.take(pa.array(places, mask=is_chat | (self.n_turns == 0)))
             said, roles = said.filter(pa.array(~is_text)), roles[~is_text]
-        turns = pa.StructArray.from_arrays([_ROLE_STRINGS.take(_numbers(roles)), said], fields=list(MESSAGE))
+        absent = [pa.nulls(len(roles), pa.string())] * len(OPTIONAL_FIELDS)
+        turns = pa.StructArray.from_arrays([_ROLE_STRINGS.take(_numbers(roles)), said, *absent], fields=list(MESSAGE))
         edges = np.append(0, np.cumsum(np.where(is_chat, self.n_turns, 0))).astype(np.int32)
         messages = pa.Array.from_buffers(
             pa.list_(MESSAGE), n_rows, [_bits(is_chat), pa.py_buffer(edges)], children=[turns]
@@ -163,7 +165,9 @@ class CleanRows:
         names = _strings(Turns.join([name.encode() for name, _, _ in parts]))
         names = names.take(_numbers(np.repeat(np.arange(len(parts)), [n for _, _, n in parts])))
         numbers = _numbers(np.concatenate([np.arange(first, first + n) for _, first, n in parts]))
-        return pa.Table.from_arrays([names, numbers, self._reasons(), digests, messages, texts], schema=STAGED)
+        return pa.Table.from_arrays(
+            [names, numbers, self._reasons(), digests, messages, texts, pa.nulls(n_rows, pa.string())], schema=STAGED
+        )
 
     def _reasons(self) -> pa.Array:
         reasons = self._columns.reasons

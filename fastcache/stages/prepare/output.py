@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,19 @@ def _shards(bounds: dict[str, tuple[int, int]], out: Path) -> Iterator[tuple[int
             yield first, min(first + ROWS_PER_SHARD, stop), out / f"{name}-{number:05d}.parquet"
 
 
+def _as_before(row: dict[str, Any]) -> dict[str, Any]:
+    """A stored row without the null fields that corpora of version 1.0 lack, so that equal rows have equal fingerprints."""
+    kept = dict(row)
+    if kept["tools"] is None:
+        del kept["tools"]
+    if kept["messages"] is not None:
+        kept["messages"] = [
+            {name: value for name, value in message.items() if value is not None or name in ("role", "content")}
+            for message in kept["messages"]
+        ]
+    return kept
+
+
 def write_rows(
     chunks: list[Chunk],
     numbers: npt.NDArray[np.int64],
@@ -69,7 +83,7 @@ def write_rows(
         ]
         start = 0
         for chunk in chunks:
-            table = chunk.read(["source", "source_row", "messages", "text"])
+            table = chunk.read(["source", "source_row", "messages", "text", "tools"])
             mine = numbers[start : start + chunk.n_rows]
             table = table.add_column(0, "row", pa.array(mine)).select(SCHEMA.names)
             shard_of = np.where(mine >= 0, np.searchsorted(firsts, mine, side="right") - 1, -1)
@@ -82,7 +96,7 @@ def write_rows(
         for _, _, path in shards:
             table = pq.read_table(work / path.name, schema=SCHEMA).sort_by("row")
             for row in table.to_pylist():
-                digest.update(canonical_json(row).encode() + b"\n")
+                digest.update(canonical_json(_as_before(row)).encode() + b"\n")
             with atomic_file(path) as temporary:
                 pq.write_table(table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
             (work / path.name).unlink()
