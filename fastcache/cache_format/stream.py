@@ -1,11 +1,14 @@
 """Units of a cache in any order, read ahead by threads into buffers that are used again and again."""
 
+import atexit
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
@@ -55,6 +58,18 @@ class _Block:
         return found
 
 
+_open: WeakSet[Generator[ReadUnit, None, None]] = WeakSet()
+"""Streams that may still be read from."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is open when the interpreter ends, while the modules that closing needs are still there."""
+    for stream in list(_open):
+        with suppress(ValueError):  # a daemon thread is inside it
+            stream.close()
+
+
 def unit_stream(
     cache: Cache, hook: str, units: Iterable[int], *, n_threads: int = 2, verify: bool = True, skip: bool = False
 ) -> Iterator[ReadUnit]:
@@ -63,6 +78,14 @@ def unit_stream(
     Memory is bounded by (`n_threads` + 2) blocks of about 4 MiB, or of one unit where that is more. A damaged unit raises
     `IntegrityError` when its turn comes, or with `skip` comes with its error.
     """
+    stream = _stream(cache, hook, units, n_threads, verify, skip)
+    _open.add(stream)
+    return stream
+
+
+def _stream(
+    cache: Cache, hook: str, units: Iterable[int], n_threads: int, verify: bool, skip: bool
+) -> Generator[ReadUnit, None, None]:
     hook = cache.require_hook(hook)
     unit_bytes = UNIT_ROWS * cache.d_in * cache.row_dtype.itemsize
     n_units = max(1, BLOCK_BYTES // unit_bytes)
@@ -74,7 +97,7 @@ def unit_stream(
         def read_ahead() -> None:
             while free and (places := next(planned, None)):
                 block = free.pop()
-                running.append((block, pool.submit(block.read, cache, hook, places, verify)))
+                running.append((block, _begin(pool, partial(block.read, cache, hook, places, verify))))
 
         try:
             read_ahead()
@@ -88,6 +111,19 @@ def unit_stream(
                 read_ahead()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin(pool: ThreadPoolExecutor, read: Callable[[], list[ReadUnit]]) -> Future[list[ReadUnit]]:
+    """Have `read` called by a thread of `pool`, or here where it takes no more work: once the main thread has ended."""
+    try:
+        return pool.submit(read)
+    except RuntimeError:
+        future: Future[list[ReadUnit]] = Future()
+        try:
+            future.set_result(read())
+        except Exception as error:  # raised when its turn comes, as a thread's is
+            future.set_exception(error)
+        return future
 
 
 def _planned(cache: Cache, hook: str, units: Iterable[int], n_units: int) -> Iterator[list[Place]]:
