@@ -24,7 +24,7 @@ ENDINGS = {
     "a thread that reads on": (
         """
         import threading
-        units = unit_stream(cache, "resid_post.1", (0 for _ in range(20_000)))
+        units = unit_stream(cache, "resid_post.1", (0 for _ in range(4_000)))
         thread = threading.Thread(target=lambda: print(sum(1 for _ in units)))
         thread.start()
         """,
@@ -37,7 +37,7 @@ ENDINGS = {
         """,
         0,
     ),
-    "reading at exit": ("import atexit; atexit.register(lambda: [next(stream) for _ in range(20_000)])", 0),
+    "reading at exit": ("import atexit; atexit.register(lambda: [next(stream) for _ in range(4_000)])", 0),
 }
 
 
@@ -51,7 +51,7 @@ def test_an_open_stream_is_closed_without_a_word(small_cache, ending):
     assert done.stderr == ""
     assert done.returncode == expected
     if ending == "a thread that reads on":
-        assert done.stdout == "20000\n"  # all units, though the main thread ended long before
+        assert done.stdout == "4000\n"  # all units, though the main thread ended long before
 
 
 def test_a_damaged_unit_is_told_in_its_turn_where_no_thread_reads(small_cache, tmp_path):
