@@ -1,7 +1,7 @@
 """The same command gives the same SAE: on an idle and on a busy machine, undisturbed and killed, alone and in a sweep.
 
-What is compared is the weights, `sae.json` and the log, byte by byte. The runs have some 10^9 tokens x d_in x d_sae: of this size
-the ways to multiply used to be timed, and near a tie the load of the machine decided.
+What is compared are the weights, `sae.json` and the log, byte by byte. The runs have some 10^9 tokens x d_in x d_sae. Of
+this size the ways to multiply used to be timed, and near a tie the load of the machine decided.
 """
 
 import hashlib
