@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from processes import kill, start, wait_for
+from deaths import die
 from safetensors.torch import load_file
 
 from fastcache.errors import InputError, MismatchError, NonFiniteError, SpaceError
@@ -88,6 +88,18 @@ def test_what_does_not_fit_together_takes_turns(small_cache):
         plan_sweep(make_config(small_cache, grid=grid, memory=1000))
 
 
+def test_members_that_take_turns_end_with_the_same_bits_as_together(swept, small_cache, tmp_path):
+    """How many fit into the memory together depends on what else the machine does."""
+    together = make_config(small_cache, **MIXED)
+    alone = max(plan_sweep(make_config(small_cache, runs=[run])).memory for run in MIXED["runs"])
+    config = make_config(small_cache, memory=alone + 1, **MIXED)
+    assert len(plan_sweep(config).passes) > len(plan_sweep(together).passes)
+    sweep(config, tmp_path / "sweep", Silent())
+    for name in together.members:
+        for file in ("sae.safetensors", "sae.json", "metrics.jsonl"):
+            assert (tmp_path / "sweep" / name / file).read_bytes() == (swept[0] / name / file).read_bytes()
+
+
 def test_a_member_that_fails_does_not_stop_the_others(swept, small_cache, tmp_path, monkeypatch):
     config = make_config(small_cache, **MIXED)
     victim = list(config.members)[1]
@@ -130,10 +142,16 @@ def sweep_in_threads(config, out, n_threads):
 def test_a_sweep_that_is_killed_goes_on_bit_for_bit(swept, small_cache, tmp_path, n_checkpoints):
     out = tmp_path / "sweep"
     config = make_config(small_cache, **MIXED)
-    process = start(sweep_in_threads, config, out, torch.get_num_threads())
     # Some members have written their checkpoint of this moment by then, others haven't.
-    wait_for(lambda: len(list(out.glob("*/checkpoints/[0-9]*"))) >= n_checkpoints, process)
-    kill(process)
+    die(
+        "fastcache.stages.train.member:save_checkpoint",
+        n_checkpoints,
+        sweep_in_threads,
+        config,
+        out,
+        torch.get_num_threads(),
+    )
+    assert len(list(out.glob("*/checkpoints/[0-9]*"))) == n_checkpoints
     result = sweep(config, out, Silent())
     assert result["members"] == swept[1]["members"]
     for name in result["members"]:
