@@ -224,6 +224,16 @@ def write_bytes_atomic(path: Path, data: bytes, durable: bool = True) -> None:
         _write_all(file.fileno(), data)
 
 
+def keep_earlier(path: Path, data: bytes) -> Path | None:
+    """Move the file `path` out of the way of `data`, to a name that follows from what it holds; None if there is no need."""
+    if not path.is_file() or (earlier := path.read_bytes()) == data:
+        return None
+    kept = path.with_name(f"{path.stem}-{hashlib.sha256(earlier).hexdigest()[:12]}{path.suffix}")
+    path.rename(kept)
+    fsync_directory(path.parent)
+    return kept
+
+
 def append_to_log(path: Path, data: bytes, size: int | None = None, durable: bool = True) -> None:
     """Add `data` to a log behind its first `size` bytes, or at its end; the log is created if it is missing.
 

@@ -15,7 +15,7 @@ from fastcache.sae.architectures import (
     StepInputs,
     TopKSae,
 )  # fmt: skip
-from fastcache.sae.init import geometric_median, initialise
+from fastcache.sae.init import geometric_median, initialise, thresholds_for
 from fastcache.sae.metrics import Metrics
 from fastcache.sae.schedules import LearningRate, sparsity_coefficient
 from fastcache.sae.storage import load_sae, save_sae
@@ -78,6 +78,36 @@ def test_normalising_the_initial_decoder_keeps_the_function():
     raw.b_dec.copy_(sae.b_dec)
     assert torch.allclose(sae(x), raw(x), atol=1e-5)
     assert torch.allclose(sae.theta, 0.001 * raw.W_dec.norm(dim=1))
+
+
+def test_only_jumprelu_has_the_decoders_norms_in_its_encoder():
+    raw = torch.nn.init.kaiming_uniform_(torch.empty(16, 64), generator=torch.Generator().manual_seed(1))
+    for cls in ARCHITECTURES.values():
+        sae = make(cls, 16, 64)
+        initialise(sae, torch.randn(16), torch.Generator().manual_seed(1))
+        assert torch.equal(sae.W_enc, raw) == (cls is not JumpReluSae), cls
+
+
+def test_a_tied_encoder_is_the_decoder_that_sees_what_b_dec_leaves():
+    for cls in ARCHITECTURES.values():
+        sae, median, x = make(cls, 16, 64), torch.randn(16), torch.randn(5, 16)
+        initialise(sae, median, torch.Generator().manual_seed(1), tied=True)
+        bias = sae.b_gate if cls.architecture == "gated" else sae.b_enc
+        assert torch.allclose(x @ sae.W_enc + bias, (x - median) @ sae.W_dec.T, atol=1e-5)
+        if cls.architecture == "gated":
+            assert torch.equal(sae.b_gate, sae.b_mag)
+
+
+def test_initial_thresholds_make_each_latent_active_on_its_share_of_the_sample(monkeypatch):
+    monkeypatch.setattr("fastcache.sae.init.THRESHOLD_LATENTS", 13)
+    sae, sample = JumpReluSae(8, 32), torch.randn(1000, 8)
+    sae.W_enc.copy_(torch.randn(8, 32))
+    sae.b_enc.fill_(3.0)  # so that no threshold has to be below 0
+    sae.set_threshold(thresholds_for(sae, sample, l0=4.0))
+    shares = (sae.encode(sample) > 0).float().mean(0)
+    assert torch.allclose(shares, torch.full((32,), 4 / 32), atol=2e-3)
+    assert (thresholds_for(sae, sample, l0=32.0) >= 0).all()
+    assert (thresholds_for(sae, sample - 100 * sae.W_enc.sum(1), l0=4.0) >= 0).all()
 
 
 def test_geometric_median_of_a_line_is_its_median():

@@ -11,10 +11,10 @@ from fastcache.files import read_json, read_json_lines, require_fields
 from fastcache.pipeline.console import print_text
 from fastcache.pipeline.show import look_up
 from fastcache.pipeline.tables import FullTable, figure_columns, name_columns, print_facts, print_table
+from fastcache.sae.info import ALWAYS, read_info
 from fastcache.stages.report.runs import Run, read_runs
 from fastcache.stages.train.log import in_words, measured_on
 
-SAE_FIELDS = {"architecture": str, "hook_point": str, "d_in": int, "d_sae": int, "model": dict, "method": dict}
 HIDDEN = ("cache_fingerprint", "resolved")
 
 
@@ -49,8 +49,7 @@ def show_sae(console: Console, path: Path, run: dict[str, Any] | None = None) ->
     finished = (path / "sae.json").exists()
     rows = [("state", "trained" if finished else "not finished: run its train command again")]
     if finished:
-        info = read_json(path / "sae.json")
-        require_fields(info, {**SAE_FIELDS, "training": dict}, path / "sae.json")
+        info = read_info(path, (*ALWAYS, "hook_point", "model", "method", "training"))
         trained = info["training"]
         rows += [
             ("architecture", f"{info['architecture']}, d_in {info['d_in']}, d_sae {info['d_sae']}"),

@@ -39,14 +39,14 @@ def _weighted_distance(points: Tensor, median: Tensor, weights: Tensor) -> float
 def initialise(sae: Sae, median: Tensor, generator: torch.Generator, tied: bool = False) -> None:
     """Fill the parameters of a new SAE; b_dec becomes `median` `[d_in]`, the geometric median of the activations.
 
-    Kaiming uniform weights, as in the paper: making the decoder rows unit vectors folds their norms into the encoder and
-    the thresholds, so that the SAE's function stays what it was. `tied`: the encoder is the transpose of the decoder with
-    unit rows (Gao et al. 2024, appendix A.1), and its biases are such that it sees x - b_dec.
+    Weights are Kaiming uniform and decoder rows are then scaled to norm 1, as in the FAST paper's appendix A. For JumpReLU
+    it multiplies encoder and thresholds by the norms that the rows had, so that the SAE's function stays what it was; the
+    encoders of the others stay as they are. `tied`: the encoder is the transpose of the decoder with unit rows (Gao et al.
+    2024, appendix A.1), and its biases are such that it sees x - b_dec.
     """
     torch.nn.init.kaiming_uniform_(sae.W_enc, generator=generator)
     torch.nn.init.kaiming_uniform_(sae.W_dec, generator=generator)
     norms = sae.W_dec.norm(dim=1)
-    sae.W_enc.mul_(norms)
     for name in sae.latent_parameters:
         if name.startswith("b_"):
             getattr(sae, name).zero_()
@@ -57,6 +57,7 @@ def initialise(sae: Sae, median: Tensor, generator: torch.Generator, tied: bool 
         for name in ("b_gate", "b_mag") if isinstance(sae, GatedSae) else ("b_enc",):
             getattr(sae, name).copy_(-(sae.b_dec @ sae.W_enc))
     elif isinstance(sae, JumpReluSae):
+        sae.W_enc.mul_(norms)
         sae.set_threshold(sae.theta * norms)
 
 

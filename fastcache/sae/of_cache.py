@@ -6,16 +6,15 @@ from typing import Any
 from fastcache.cache_format.reader import Cache
 from fastcache.config import differences
 from fastcache.errors import MismatchError
-from fastcache.files import require_fields
 from fastcache.sae.architectures import Sae
-from fastcache.sae.storage import INFO_FILE, load_sae
+from fastcache.sae.storage import load_sae
 
 
 def load_sae_of(cache: Cache, folder: Path) -> tuple[Sae, dict[str, Any]]:
     """The SAE in `folder` and its `sae.json`; raises `MismatchError` for one of another model, tokenizer, layer or width."""
-    sae, info = load_sae(folder)
-    fields = {"hook_point": str, "model": dict, "tokenizer": dict, "method": dict, "training": dict}
-    require_fields(info, fields, folder / INFO_FILE)
+    sae, info = load_sae(
+        folder, ("hook_point", "model", "model.name", "tokenizer", "method", "method.name", "training")
+    )
     if info["hook_point"] not in cache.hook_points:
         held = ", ".join(cache.hook_points)
         raise MismatchError(f"{folder} was trained at {info['hook_point']}, but {cache.path} holds {held}.")

@@ -76,10 +76,19 @@ class Sae(nn.Module, ABC):
         """All parameters are zero until `fastcache.sae.init.initialise` or a checkpoint fills them."""
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
-        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-        shapes |= dict.fromkeys(self.latent_parameters, (d_sae,))
-        for name, shape in shapes.items():
+        for name, shape in self.shapes(d_in, d_sae).items():
             setattr(self, name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+
+    @classmethod
+    def shapes(cls, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+        """Of the parameters, all of which are float32, by name."""
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+        return shapes | dict.fromkeys(cls.latent_parameters, (d_sae,))
+
+    @classmethod
+    def layout(cls, d_in: int, d_sae: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype, as safetensors writes it, and shape of everything in `state_dict`, by name; nothing is allocated."""
+        return {name: ("F32", shape) for name, shape in cls.shapes(d_in, d_sae).items()}
 
     @property
     def options(self) -> dict[str, Any]:

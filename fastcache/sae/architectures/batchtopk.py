@@ -32,6 +32,11 @@ class BatchTopKSae(SinglePathSae):
         self.k = checked_k(k, d_sae)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.double))
 
+    @classmethod
+    def layout(cls, d_in: int, d_sae: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `Sae.layout`."""
+        return {**super().layout(d_in, d_sae), "threshold": ("F64", ())}
+
     @property
     def options(self) -> dict[str, Any]:
         """See `Sae.options`."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcache.errors import quoted
 from fastcache.sae.architectures.base import Reconstruction
 from fastcache.sae.architectures.batchtopk import BatchTopKSae
 
@@ -23,10 +24,9 @@ class MatryoshkaSae(BatchTopKSae):
     def __init__(self, d_in: int, d_sae: int, k: int, widths: Sequence[int] = ()) -> None:
         """See `Sae`; `widths` rise, and d_sae is added where it isn't the last. Raises `ValueError` for others."""
         super().__init__(d_in, d_sae, k)
-        if not all(isinstance(width, int) for width in widths) or list(widths) != sorted(
-            {*widths} & {*range(1, d_sae + 1)}
-        ):
-            raise ValueError(f"widths should be rising numbers from 1 to {d_sae}, found {list(widths)}")
+        are_numbers = all(isinstance(width, int) and not isinstance(width, bool) for width in widths)
+        if not are_numbers or not all(low < high for low, high in pairwise((0, *widths, d_sae + 1))):
+            raise ValueError(f"widths should be rising numbers from 1 to {d_sae}, found {quoted(list(widths))}")
         self.widths = tuple(widths) if widths and widths[-1] == d_sae else (*widths, d_sae)
 
     @property

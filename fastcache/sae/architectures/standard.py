@@ -1,4 +1,4 @@
-"""The standard SAE (Bricken et al. 2023; method.md calls it so too).
+"""The standard SAE (Bricken et al. 2023), as docs/method.md calls it too.
 
 f = ReLU(W_enc x + b_enc),  xhat = W_dec f + b_dec
 loss = ||x - xhat||^2 + lambda ||f||_1, a mean over the batch; or lambda sum_i f_i ||d_i||, weighted by decoder norms

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fastcache.errors import quoted
 from fastcache.sae.architectures.single_path import SinglePathSae
 
 
 def checked_k(k: int, d_sae: int) -> int:
     """`k`, if it is a number of latents; raises `ValueError` otherwise."""
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae:
-        raise ValueError(f"k should be a number from 1 to {d_sae}, found {k!r}")
+        raise ValueError(f"k should be a number from 1 to {d_sae}, found {quoted(k)}")
     return k
 
 

@@ -24,11 +24,12 @@ from fastcache.sae.architectures import Sae
 from fastcache.sae.metrics import Metrics
 from fastcache.sae.of_cache import load_sae_of
 from fastcache.sae.spread import Spread
+from fastcache.sae.storage import sae_fingerprint
 from fastcache.stages.evaluate.config import EvaluateConfig
+from fastcache.stages.evaluate.earlier import EVALUATION_FILE, with_earlier
 from fastcache.stages.evaluate.with_model import Spliced, measure, measure_in_engine, result_of
 
 BATCH_TOKENS = 8192
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass
@@ -38,6 +39,7 @@ class _Candidate:
     folder: Path
     sae: Sae
     info: dict[str, Any]
+    fingerprint: str
     metrics: Metrics
 
 
@@ -78,7 +80,12 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
     spliced: list[dict[str, Any] | None] = [None] * len(candidates)
     if source:
         spliced = [*_with_model(config, source, cache, candidates, means, device, progress)]
-    return [_write(one, cache, n_instances, with_model) for one, with_model in zip(candidates, spliced, strict=True)]
+    results = []
+    for candidate, with_model in zip(candidates, spliced, strict=True):
+        result = with_earlier(candidate.folder, _result(candidate, cache, n_instances, with_model), progress)
+        write_json_atomic(candidate.folder / EVALUATION_FILE, result)
+        results.append(result)
+    return results
 
 
 def _with_model(
@@ -108,14 +115,16 @@ def _with_model(
     else:
         model = SplicedModel(source, sorted(means), DTYPES[config.model_dtype], device)
         measure(saes, model, means, instances, progress)
-    return [result_of(one, TOKEN_SETS) for one in saes]
+    how = {"model_dtype": config.model_dtype, "model_backend": config.model_backend}
+    return [{**how, **result_of(spliced, TOKEN_SETS)} for spliced in saes]
 
 
 def _load(folder: Path, cache: Cache, device: str, spreads: dict[str, Spread]) -> _Candidate:
     """SAEs of one hook point share its entry of `spreads`, which is made for the first of them."""
     sae, info = load_sae_of(cache, folder)
     spread = spreads.setdefault(info["hook_point"], Spread(len(TOKEN_SETS), sae.d_in, device))
-    return _Candidate(folder, sae.to(device), info, Metrics(TOKEN_SETS, sae.d_in, sae.d_sae, device, spread))
+    metrics = Metrics(TOKEN_SETS, sae.d_in, sae.d_sae, device, spread)
+    return _Candidate(folder, sae.to(device), info, sae_fingerprint(folder), metrics)
 
 
 def _batches(cache: Cache, n_instances: int) -> Iterator[list[CachedInstance]]:
@@ -137,21 +146,22 @@ def _token_sets(batch: list[CachedInstance]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(token_sets(types)), torch.repeat_interleave(lengths)
 
 
-def _write(candidate: _Candidate, cache: Cache, n_instances: int, with_model: dict[str, Any] | None) -> dict[str, Any]:
-    result = {
+def _result(candidate: _Candidate, cache: Cache, n_instances: int, with_model: dict[str, Any] | None) -> dict[str, Any]:
+    """What stands in evaluation.json."""
+    identity = cache.manifest.identity
+    return {
         "sae": str(candidate.folder),
+        "sae_fingerprint": candidate.fingerprint,
         "architecture": candidate.sae.architecture,
         "hook_point": candidate.info["hook_point"],
         "trained_on": candidate.info["method"]["name"],
         "training": candidate.info["training"],
         "held_out": {
             "cache": str(cache.path),
-            "fingerprint": fingerprint(cache.manifest.identity),
-            "split": cache.manifest.identity["corpus"]["split"],
+            "fingerprint": fingerprint({**identity, "hook_points": []}),  # layers may be added to a cache
+            "split": identity["corpus"]["split"],
             "dialogues": n_instances,
         },
         **candidate.metrics.result(),
         **({"with_model": with_model} if with_model else {}),
     }
-    write_json_atomic(candidate.folder / EVALUATION_FILE, result)
-    return result

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastcache.errors import FormatError, InputError
 from fastcache.files import read_json, read_json_lines, require_fields
+from fastcache.sae.info import INFO_FILE, read_info
 
 MOST_POINTS, FEWEST_POINTS, POINTS_OF_ALL = 400, 40, 20_000
 """Points of a run's curve, at most and at least, and of all runs together: the page stays at a few MB."""
@@ -126,7 +127,7 @@ def _run(folder: Path, name: str, config: dict[str, Any], n_points: int) -> Run:
         config = run["settings"]
         require_fields(config, {"resolved": dict}, path)
         require_fields(config["resolved"], {"steps": int, "batch_size": int, "d_sae": int}, path)
-    info = read_json(folder / "sae.json") if (folder / "sae.json").is_file() else None
+    info = read_info(folder) if (folder / INFO_FILE).is_file() else None
     failed = _failure(folder / "failed.json")
     evaluation = _evaluation(folder)
     metrics = folder / "metrics.jsonl"

@@ -12,7 +12,7 @@ import torch
 from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import select
 from fastcache.devices import choose_device
-from fastcache.files import write_bytes_atomic
+from fastcache.files import keep_earlier, write_bytes_atomic
 from fastcache.llm.loading import known_tokenizer
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
@@ -44,7 +44,10 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
         Found(token, text, mean.n_dialogues, mean.highest(config.top))
         for (token, mean), text in zip(means.items(), _texts(list(means), cache), strict=True)
     ]
-    write_bytes_atomic(out, _csv(found).encode())
+    table = _csv(found).encode()
+    if kept := keep_earlier(out, table):
+        progress.say(f"{out} held another table, which is kept in {kept}.")
+    write_bytes_atomic(out, table)
     return found
 
 

@@ -14,7 +14,7 @@ from fastcache.sae.storage import load_sae
 
 
 def add(sae: Sae, latents: Sequence[int], alpha: float) -> Replace:
-    """x + alpha d_k, summed over the latents k; d_k is row k of W_dec (the paper's steering, method of its section 5)."""
+    """x + alpha d_k, summed over the latents k; d_k is row k of W_dec (the FAST paper, section 5)."""
     shift = alpha * sae.W_dec[list(latents)].sum(0)
     return lambda x: x + shift
 

@@ -12,13 +12,13 @@ from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.errors import InputError
 from fastcache.extras import require_packages
-from fastcache.files import append_to_log, fingerprint, read_json_lines, require_fields, write_bytes_atomic
+from fastcache.files import append_to_log, fingerprint, read_json_lines, write_bytes_atomic
 from fastcache.llm.backend import TokenIds
 from fastcache.llm.loading import ModelSource, known_model, load_tokenizer, require_chat_template
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.architectures import Sae
-from fastcache.sae.storage import INFO_FILE, load_sae
+from fastcache.sae.storage import load_sae
 from fastcache.stages.steer.config import Setting, SteerConfig, settings_of
 from fastcache.stages.steer.generators import open_generator
 from fastcache.stages.steer.measures import repetition
@@ -54,8 +54,7 @@ def steer(config: SteerConfig, out: Path, progress: Progress, fresh: bool = Fals
     prompts = read_prompts(config)
     if config.backend == "vllm":
         require_packages("--backend vllm", "vllm", "vllm")
-    sae, info = load_sae(Path(config.sae))
-    require_fields(info, {"hook_point": str, "model": dict}, Path(config.sae) / INFO_FILE)
+    sae, info = load_sae(Path(config.sae), ("hook_point", "model", "model.name"))
     if missing := [latent for latent in config.latent if latent >= sae.d_sae]:
         raise InputError(f"--latent {missing[0]}: {config.sae} has latents 0 to {sae.d_sae - 1}.")
     source = known_model(info["model"], config.model, config.trust_remote_code, config.sae)

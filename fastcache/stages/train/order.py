@@ -1,6 +1,6 @@
 """The order of shuffled rows: which unit is read next, which slots of the buffer its rows get, which slots make a batch.
 
-    fill the buffer; shuffle; give half of it to training; refill; shuffle; ...      (method.md section 5)
+    fill the buffer; shuffle; give half of it to training; refill; shuffle; ...      (docs/method.md)
 
 Numbers only: nothing here reads a residual. So the shuffle that training gets can be measured without one (`shuffle.py`),
 reading may run ahead of the order without changing it, and a checkpoint is where the order stands.

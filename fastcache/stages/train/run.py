@@ -9,8 +9,9 @@ from fastcache.errors import IntegrityError, NonFiniteError
 from fastcache.interrupt import deferred_interrupt
 from fastcache.progress import Progress
 from fastcache.progress import Task as Shown
+from fastcache.sae.info import INFO_FILE
 from fastcache.sae.init import geometric_median
-from fastcache.sae.storage import INFO_FILE, load_sae
+from fastcache.sae.storage import load_sae
 from fastcache.stages.train.checkpoint import checkpoint_steps, load_checkpoint
 from fastcache.stages.train.config import TrainConfig
 from fastcache.stages.train.member import Member

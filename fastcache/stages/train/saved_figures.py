@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcache.sae.architectures import Sae
+from fastcache.sae.spread import NEGLIGIBLE
 
 ROWS_AT_A_TIME = 1024
 
@@ -18,20 +19,21 @@ ROWS_AT_A_TIME = 1024
 def saved_figures(sae: Sae, sample: Tensor) -> dict[str, Any]:
     """L0, MSE and FVU of `sae`, as it is saved, on `sample` `[n, d_in]` of unscaled activations.
 
-    mse = sum |x - recon|^2 / (n d_in), in squared units of the activations; fvu =
-    sum |x - recon|^2 / sum |x - mean|^2, None where all rows are equal. Sums are made in float64. `saved_sae_rows` is n.
+    mse = sum |x - recon|^2 / (n d_in), in squared units of the activations; fvu = sum |x - recon|^2 / sum |x - mean|^2,
+    None where all rows are equal but for rounding. Sums are made in float64. `saved_sae_rows` is n.
     """
-    squared_error, spread, n_active = 0.0, 0.0, 0
+    squared_error, spread, power, n_active = 0.0, 0.0, 0.0, 0
     mean = sample.mean(0, dtype=torch.double)
     for x in sample.split(ROWS_AT_A_TIME):
         acts = sae.encode(x)
         n_active += int((acts > 0).sum())
         squared_error += float((sae.decode(acts) - x).double().square().sum())
         spread += float((x.double() - mean).square().sum())
+        power += float(x.double().square().sum())
     n = len(sample)
     return {
         "saved_sae_rows": n,
         "l0": n_active / n,
         "mse": squared_error / (n * sae.d_in),
-        "fvu": squared_error / spread if spread else None,
+        "fvu": squared_error / spread if spread > NEGLIGIBLE * power else None,
     }

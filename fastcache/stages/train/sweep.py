@@ -18,7 +18,7 @@ from fastcache.files import read_json, write_json_atomic
 from fastcache.memory import free_memory
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
-from fastcache.sae.storage import INFO_FILE
+from fastcache.sae.info import INFO_FILE
 from fastcache.stages.train.config import FREE_ON_RESUME
 from fastcache.stages.train.member import Member
 from fastcache.stages.train.plan import buffer_bytes, member_bytes

@@ -30,7 +30,9 @@ from fastcache.stages.train.watch import EVENTS_FILE
 
 SAMPLE_UNITS, SAMPLE_ROWS = 32, 4096
 FAILED_FILE = "failed.json"
-OWNED = ("sae.json", "checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, THREADS_FILE, "evaluation.json")
+MEASURED = ("evaluation*.json", "special_tokens*.csv")
+"""What other commands write beside an SAE about it."""
+OWNED = ("sae.json", "checkpoints", "sae.*", METRICS_FILE, FAILED_FILE, EVENTS_FILE, THREADS_FILE, *MEASURED)
 
 
 def to_tensor(rows: Rows, logical_dtype: str, device: str) -> Tensor:
