@@ -161,7 +161,7 @@ def _kept_rows(corpus: Corpus, numbers: list[int]) -> dict[int, Row]:
 def _beginning(row: Row) -> Row:
     """The first characters of a row as `(role, text)` turns, and how many characters were left out."""
     turns, room = [], EXAMPLE_CHARACTERS
-    whole = [(message["role"], message["content"]) for message in row["messages"] or ()] or [("", row["text"])]
+    whole = [(message["role"], message["content"] or "") for message in row["messages"] or ()] or [("", row["text"])]
     for role, text in whole:
         if room > 0:
             turns.append((role, text[:room]))
