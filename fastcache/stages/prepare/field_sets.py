@@ -22,7 +22,7 @@ class FieldSets:
         key = frozenset(kept), frozenset(not_kept)
         number = self._numbers.get(key)
         if number is None:
-            text = json.dumps([sorted({self._short(name) for name in names}) for names in key])
+            text = json.dumps([sorted({self._short(name) for name in sorted(names)}) for names in key])
             number = self.texts.setdefault(text, len(self.texts))
             if len(self._numbers) < MAX_NAMES:
                 self._numbers[key] = number
