@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from fastcache.errors import InputError
 from fastcache.files import atomic_file, make_directory, read_json, write_json_atomic
 from fastcache.progress import Progress
 from fastcache.stages.prepare.blocks import Block
@@ -27,6 +28,9 @@ from fastcache.workers import process_pool
 
 CHUNK_ROWS = 20_000
 CHUNK_BYTES = 16 * 2**20
+
+FILE_FAULT_SHARE, FILE_FAULT_ROWS = 0.9, 5
+"""A file in which this share of the rows can't be read, and so many of them, or all, has a fault as a whole."""
 
 STAGE_VERSION = 2
 """Of the files of a chunk: others aren't used again."""
@@ -148,6 +152,36 @@ def stage_chunk(parts: list[Part], index: int, folder: Path, config: PrepareConf
         file.write_table(rows.table())
     chunk.save()
     return chunk
+
+
+def first_places(chunks: list[Chunk]) -> dict[str, dict[str, str]]:
+    """By source and reason, where the first unusable row stands."""
+    places: dict[str, dict[str, str]] = {}
+    for chunk in chunks:
+        for source, by_reason in chunk.first_places.items():
+            mine = places.setdefault(source, {})
+            for reason, place in by_reason.items():
+                mine.setdefault(reason, place)
+    return places
+
+
+def check_files(chunks: list[Chunk]) -> None:
+    """Raise `InputError` for a file of which nearly no line, or no element, can be read: it isn't what it says.
+
+    Such a file has one fault, and not many bad rows. A row that can be read, but not used, isn't counted here.
+    """
+    files: dict[str, tuple[int, int, str]] = {}
+    for chunk in chunks:
+        for path, (n_rows, n_bad, place) in chunk.files.items():
+            rows, bad, first = files.get(path, (0, 0, ""))
+            files[path] = rows + n_rows, bad + n_bad, first or place
+    for path, (n_rows, n_bad, place) in files.items():
+        if n_bad >= FILE_FAULT_SHARE * n_rows and n_bad >= min(FILE_FAULT_ROWS, n_rows) > 1:
+            raise InputError(
+                f"{path} isn't what it says: {n_bad:,} of {n_rows:,} rows can't be read as JSON objects, the first at "
+                f"{place}. A JSONL file has one JSON object on each line, without commas between the lines; a .json file "
+                "is one array of objects. Mend the file, or leave it out. Nothing was written."
+            )
 
 
 def _total_rows(sources: list[Source], config: PrepareConfig) -> int | None:
