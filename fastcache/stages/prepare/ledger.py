@@ -118,7 +118,9 @@ class Ledger:
 
         Of very many fields, those in most rows have their names; the rest are counted together as `OTHER_FIELDS`.
         """
-        counts: dict[str, dict[str, Counter[str]]] = {name: {"kept": Counter(), "not_kept": Counter()} for name in self.sources}
+        counts: dict[str, dict[str, Counter[str]]] = {
+            name: {"kept": Counter(), "not_kept": Counter()} for name in self.sources
+        }
         start = 0
         for chunk in chunks:
             rows = slice(start, start + chunk.n_rows)
