@@ -163,6 +163,23 @@ def as_dict(settings: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}
 
 
+INPUTS = ("source", "recipe", "model", "corpus", "cache", "sae", "latents")
+"""Settings that say what an output is made from."""
+
+
+def other_settings(place: object, found: list[str]) -> str:
+    """The message for an output that was begun with other settings, `found` by `differences`.
+
+    Starting over is offered only where the output is made from the same: it removes what is there.
+    """
+    text = (
+        f"{place} was begun with other settings ({'; '.join(found)}). Repeat the settings it was begun with, or choose "
+    )
+    if any(line.partition(":")[0].partition(".")[0] in INPUTS for line in found):
+        return text + "another --out: it holds what was made from something else."
+    return text + "another --out. --fresh would remove what is there and start over."
+
+
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Each leaf in which two nested mappings differ, as 'name: old -> new'."""
     if isinstance(old, dict) and isinstance(new, dict):

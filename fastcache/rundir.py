@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastcache.config import differences
+from fastcache.config import differences, other_settings
 from fastcache.disk import disk_errors
 from fastcache.errors import BusyError, InputError, MismatchError, SpaceError, StorageError
 from fastcache.files import fsync_directory, make_directory, open_lock, read_json, remove, write_json_atomic
@@ -94,10 +94,7 @@ def check_same(
         raise InputError(f"{path} is the output of `fastcache {run.get('command')}`. Choose another --out.")
     found = [line for line in differences(run.get("settings"), settings) if line.partition(":")[0] not in free]
     if found and not fresh:
-        raise MismatchError(
-            f"{path} was begun with other settings ({'; '.join(found)}). "
-            "Repeat the settings it was begun with, choose another --out, or start over with --fresh."
-        )
+        raise MismatchError(other_settings(path, found))
 
 
 def _clear(path: Path, owned: Collection[str]) -> None:

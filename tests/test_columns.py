@@ -8,12 +8,15 @@ from corpora import dialogue, run, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastcache.corpus import present
 from fastcache.errors import InputError
 from fastcache.stages.prepare import reading
+from fastcache.stages.prepare.blocks import Lines, Malformed
 from fastcache.stages.prepare.columns import CleanRows, Columns
 from fastcache.stages.prepare.config import PrepareConfig
-from fastcache.stages.prepare.reading import Lines, Malformed, read_source
-from fastcache.stages.prepare.schema import Unusable, usable
+from fastcache.stages.prepare.fields import Unusable
+from fastcache.stages.prepare.reading import read_source
+from fastcache.stages.prepare.schema import usable
 from fastcache.stages.prepare.sources import Source
 
 texts = st.sampled_from(["", " ", "\u2003", "hi", " hi ", "h\u00fc", "\x00", "\ud800", "[{", "\U0001f600"]) | st.text(
@@ -21,8 +24,21 @@ texts = st.sampled_from(["", " ", "\u2003", "hi", " hi ", "h\u00fc", "\x00", "\u
 )
 odd = st.none() | st.integers(-2, 2) | st.binary(max_size=2) | st.lists(st.integers(), max_size=1)
 roles = st.sampled_from(["user", "assistant", "system", "tool", "gpt", "human", " User ", "wizard", ""])
+call = {"id": "1", "function": {"name": "f", "arguments": {"x": 1}}, "index": 0}
 turns = (
     st.fixed_dictionaries({"role": roles | odd, "content": texts | odd})
+    | st.fixed_dictionaries(
+        {"role": st.sampled_from(["assistant", "tool", "user"])},
+        optional={
+            "content": texts | st.just([{"type": "text", "text": "x"}]),
+            "tool_calls": st.sampled_from([[call], [], "x", json.dumps([call])]),
+            "reasoning_content": texts,
+            "tool_call_id": texts,
+            "name": texts,
+            "weight": odd,
+            "tools": st.sampled_from([[{"name": "f"}], "x"]),
+        },
+    )
     | st.fixed_dictionaries({"from": roles, "value": texts})
     | st.dictionaries(st.sampled_from(["role", "from", "content", "value", "weight"]), roles | texts | odd)
     | odd
@@ -30,14 +46,36 @@ turns = (
 )
 good_turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": texts})
 values = st.lists(good_turns, max_size=4) | st.lists(turns, max_size=3) | texts | odd
-rows = st.dictionaries(st.sampled_from(["messages", "conversations", "text", "prompt", "response", "x"]), values)
+columns_known = [
+    "messages",
+    "conversations",
+    "text",
+    "prompt",
+    "response",
+    "x",
+    "Messages",
+    "system",
+    "tools",
+    "history",
+]
+rows = st.dictionaries(st.sampled_from(columns_known), values)
 
 
 def cleaned_plainly(row, column, alternating, max_turn_chars):
     try:
-        return {"reason": None, **usable(row, column, alternating, max_turn_chars)}
+        found = {"reason": None, **usable(row, column, alternating, max_turn_chars)}
+        return found | {"kept": sorted(found["kept"]), "not_kept": sorted(found["not_kept"])}
     except Unusable as verdict:
-        return {"reason": str(verdict), "messages": None, "text": None}
+        nothing = {"messages": None, "text": None, "tools": None, "kept": [], "not_kept": []}
+        return {"reason": str(verdict), **nothing}
+
+
+def as_plain(row):
+    """A staged row as `cleaned_plainly` has it."""
+    kept, not_kept = json.loads(row["fields"])
+    messages = None if row["messages"] is None else [present(message) for message in row["messages"]]
+    same = {name: row[name] for name in ("reason", "text", "tools")}
+    return {**same, "messages": messages, "kept": kept, "not_kept": not_kept}
 
 
 @settings(max_examples=500, deadline=None)
@@ -56,8 +94,9 @@ def test_rows_become_the_same_by_columns_and_one_by_one(rows, column, alternatin
     assert [row["source"] for row in found] == ["a"] * len(rows[:3]) + ["b"] * len(rows[3:])
     assert [row["source_row"] for row in found] == [*range(5, 5 + len(rows[:3])), *range(len(rows[3:]))]
     plain = [cleaned_plainly(row, column, alternating, max_turn_chars) for row in rows]
-    assert [{name: row[name] for name in ("reason", "messages", "text")} for row in found] == plain
-    wholes = [(row["whole"], json.dumps(one)) for row, one in zip(found, plain, strict=True) if not one["reason"]]
+    assert [as_plain(row) for row in found] == plain
+    said = [json.dumps([one["messages"], one["text"], one["tools"]]) for one in plain]
+    wholes = [(row["whole"], one) for row, one in zip(found, said, strict=True) if not row["reason"]]
     assert len({whole for whole, _ in wholes}) == len({one for _, one in wholes}) == len(set(wholes))
 
 
@@ -65,9 +104,16 @@ json_lines = st.sampled_from(
     [
         b'{"a": NaN}', b'{"a": "\\ud800"}', b'\xef\xbb\xbf{"a": 1}', b'{"a": "\xff"}', b'{"a": 1e999}', b"[1]", b"1",
         b'{"a": 1} {"a": 2}', b'{"a": 1, "a": 2}', b"{", b"", b" ", b"\r", b"\t ", b"\x0c", b'{"a": "\x01"}', b"null",
+        b'{"a": {"b": 1, "b": 1}}', b'{"a\\\\": 1, "a": "\\":"}', b'{"a": "\\\\":1}', b'{"a" : [{"a":1},{"a":2}]}',
         b'{"a": 123456789012345678901234567890}', b' {"a": 1}\r', b'{"a": -0.0}', b"[" * 2000, b"\x00", b'{"a": 01}',
     ]
 )  # fmt: skip
+
+
+def unique(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise KeyError
+    return dict(pairs)
 
 
 def shown(rows):
@@ -85,13 +131,18 @@ def shown(rows):
 )  # fmt: skip
 def test_blocks_of_lines_hold_the_rows_that_python_reads(lines, end, block, n_head, tmp_path_factory):
     path = tmp_path_factory.mktemp("lines") / "rows.jsonl"
+    lines = [b'{"first": "line"}', *lines]  # by which a file is known for what it is
     path.write_bytes(b"\n".join(lines) + end)
     expected = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = json.loads(line, object_pairs_hook=unique)
+            except RecursionError:
+                row = Malformed("nested too deeply", f"{path}:{number}")
+            except KeyError:
+                row = Malformed("a key twice in an object", f"{path}:{number}")
+            except ValueError:
                 row = Malformed("not JSON", f"{path}:{number}")
             malformed = Malformed("not an object", f"{path}:{number}")
             expected.append(row if isinstance(row, dict | Malformed) else malformed)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcache.errors import InputError
-from fastcache.stages.prepare.schema import Unusable, to_messages, usable
+from fastcache.stages.prepare.fields import Unusable
+from fastcache.stages.prepare.schema import to_messages, usable
 from fastcache.stages.prepare.sources import Source, estimate_rows
 
 odd_json = st.recursive(

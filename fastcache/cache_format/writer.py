@@ -22,7 +22,7 @@ from fastcache.cache_format.manifest import Log, Manifest, PartRecord, load_mani
 from fastcache.cache_format.part_writer import ArraysBuilder, Instance, PartBuilder, Residuals
 from fastcache.cache_format.schema import FORMAT_VERSION, MANIFEST_FILE, PARTS_FOLDER
 from fastcache.cache_format.storage import Storage, open_storage
-from fastcache.config import differences
+from fastcache.config import differences, other_settings
 from fastcache.disk import disk_error
 from fastcache.errors import FastcacheError, FormatError, MismatchError
 
@@ -225,10 +225,7 @@ class CacheWriter(PartSink):
                 raise
             return self._begin(manifest)
         if changed := differences(found.identity, manifest.identity):
-            raise MismatchError(
-                f"{self.storage.url} was begun with other settings ({'; '.join(changed)}). "
-                "Repeat the settings it was begun with, choose another --out, or start over with --fresh."
-            )
+            raise MismatchError(other_settings(self.storage.url, changed))
         found.require_writable(self.storage.url)
         return found
 

@@ -14,12 +14,15 @@ from fastcache.cache_format.schema import METHODS, SPLIT_TITLES, STORED_DTYPES, 
 from fastcache.cache_format.statistics import Moments
 from fastcache.corpus import Corpus
 from fastcache.errors import FastcacheError
-from fastcache.pipeline.console import print_text
+from fastcache.pipeline.console import print_text, printable
 from fastcache.pipeline.tables import FullTable, figure_columns, name_columns, print_facts, print_table
 from fastcache.progress import Progress
 from fastcache.stages.train.config import ShuffleConfig
 from fastcache.stages.train.order import mixed_order
 from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
+
+MOST_FIELDS = 8
+"""Fields of a source that are named on the screen; `corpus.json` and the page have all."""
 
 FAR = 5
 """A norm of so many times the median is far from it: a massive activation."""
@@ -55,7 +58,20 @@ def show_corpus(console: Console, path: Path, info: dict[str, Any]) -> None:
     for source, counts in info["counts"].items():
         dropped = counted(counts["dropped"]) or "none"
         rows.append((f"from {source}", f"{counts['kept']:,} of {counts['rows']:,} rows; dropped: {dropped}"))
+        rows += field_facts(info.get("fields", {}).get(source, {}))
     print_facts(console, f"Corpus {path}", rows)
+
+
+def field_facts(fields: Any) -> list[tuple[str, str]]:
+    """What a source's rows had beside their dialogues: what was kept, and what was not, the most frequent first."""
+    facts = []
+    for kind, title in (("kept", "fields kept"), ("not_kept", "not kept")):
+        counts = sorted((look_up(fields, kind) or {}).items(), key=lambda entry: (-entry[1], entry[0]))
+        more = f" and {len(counts) - MOST_FIELDS} more (corpus.json)" if len(counts) > MOST_FIELDS else ""
+        if counts:
+            named = {printable(name).plain: count for name, count in counts[:MOST_FIELDS]}
+            facts.append((f"  {title}", counted(named) + more))
+    return facts
 
 
 def show_cache(console: Console, cache: Cache) -> None:

@@ -7,8 +7,8 @@ import click
 
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
+from fastcache.pipeline.names import RUNS, output_name
 from fastcache.pipeline.options import output_options, resolve, settings_options
-from fastcache.pipeline.places import RUNS, slug
 from fastcache.stages.export.config import ExportConfig
 
 HELP = """Write a trained SAE as another library loads it.
@@ -30,5 +30,5 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
     config = resolve(ExportConfig, given)
     from fastcache.stages.export.run import export
 
-    place = out or RUNS / f"{config.format}-{slug(Path(config.sae).resolve().name)}"
+    place = out or RUNS / f"{config.format}-{output_name(str(config.sae))}"
     export(config, place, RichProgress(make_console()), fresh)

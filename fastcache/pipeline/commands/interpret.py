@@ -9,8 +9,8 @@ import click
 
 from fastcache.pipeline.command import Group
 from fastcache.pipeline.console import RichProgress, make_console
+from fastcache.pipeline.names import RUNS, output_name
 from fastcache.pipeline.options import output_options, resolve, settings_options
-from fastcache.pipeline.places import RUNS, slug
 from fastcache.pipeline.show_latents import show_latents, show_scores
 from fastcache.stages.interpret.config import InterpretConfig, JudgeConfig, ScoresConfig
 
@@ -64,7 +64,7 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
     config = resolve(InterpretConfig, given)
     from fastcache.stages.interpret.run import interpret
 
-    place = out or RUNS / f"latents-{slug(Path(config.sae).resolve().name)}"
+    place = out or RUNS / f"latents-{output_name(str(config.sae))}"
     console = make_console()
     progress = RichProgress(console)
     interpret(config, place, progress, fresh)

@@ -33,6 +33,6 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
 
     console = make_console()
     names = (config.recipe, *config.source) if config.recipe else config.source
-    place = out or corpus_place("-".join(names))
+    place = out or corpus_place(*names)
     info = prepare(config, place, RichProgress(console), fresh)
     show_corpus(console, place, info)

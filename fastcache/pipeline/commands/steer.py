@@ -12,8 +12,8 @@ from rich.text import Text
 from fastcache.figures import count, figure, percent, setting
 from fastcache.pipeline.command import Group
 from fastcache.pipeline.console import RichProgress, make_console, printable
+from fastcache.pipeline.names import RUNS, output_name
 from fastcache.pipeline.options import output_options, resolve, settings_options
-from fastcache.pipeline.places import RUNS, slug
 from fastcache.pipeline.tables import Column, FullTable, figure_columns, name_columns, print_table
 from fastcache.stages.steer.config import FindConfig, SteerConfig
 
@@ -53,7 +53,7 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
     from fastcache.stages.steer.run import STEERING_FILE, steer
 
     latents = "-".join(map(str, config.latent))
-    place = out or RUNS / f"steer-{slug(Path(config.sae).resolve().name)}-{config.mode}-{latents}"
+    place = out or RUNS / f"steer-{output_name(str(config.sae))}-{config.mode}-{latents}"
     console = make_console()
     progress = RichProgress(console)
     progress.say(f"Steering: {place}")

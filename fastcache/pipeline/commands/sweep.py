@@ -10,8 +10,8 @@ from fastcache.config import parse_number
 from fastcache.errors import InputError
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
+from fastcache.pipeline.names import RUNS, output_name, study_name
 from fastcache.pipeline.options import assignments, output_options, read_config
-from fastcache.pipeline.places import RUNS, slug
 from fastcache.pipeline.study import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -82,7 +82,7 @@ def command(
     progress = RichProgress(make_console())
     if path and is_study(values):
         study = read_study(path.stem, with_settings(values, settings, added), times)
-        _run_study(study, dry_run, out or RUNS / slug(study.name), fresh, progress)
+        _run_study(study, dry_run, out or RUNS / study_name(path), fresh, progress)
         return
     if times != 1:
         raise InputError("--scale is for a study, a file with `extract`. For a sweep of one cache say --set tokens=N.")
@@ -99,7 +99,7 @@ def _run_sweep(values: dict[str, Any], dry_run: bool, out: Path | None, fresh: b
             progress.say(line)
         return
     first = next(iter(config.members.values()))
-    place = out or RUNS / f"sweep-{slug(Path(first.cache).resolve().name)}"
+    place = out or RUNS / f"sweep-{output_name(str(first.cache))}"
     progress.say(f"Sweep: {place}")
     progress.say(f"Watch: fastcache report --sae {shlex.quote(str(place))} --watch 30")
     result = sweep(config, place, progress, fresh)

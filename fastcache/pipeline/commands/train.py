@@ -8,8 +8,8 @@ import click
 
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
+from fastcache.pipeline.names import RUNS, output_name
 from fastcache.pipeline.options import output_options, resolve, settings_options
-from fastcache.pipeline.places import RUNS, slug
 from fastcache.stages.train.config import TrainConfig
 
 HELP = """Train a sparse autoencoder from a cache.
@@ -47,7 +47,7 @@ def command(out: Path | None, fresh: bool, dry_run: bool, **given: Any) -> None:
             progress.say(line)
         return
     layer = "" if config.layer is None else f"-layer-{config.layer}"
-    place = out or RUNS / f"sae-{slug(Path(config.cache).resolve().name)}-{config.arch}{layer}"
+    place = out or RUNS / f"sae-{output_name(str(config.cache))}-{config.arch}{layer}"
     progress.say(f"SAE: {place}")
     progress.say(f"Watch: fastcache report --sae {shlex.quote(str(place))} --watch 30")
     train(config, place, progress, fresh)

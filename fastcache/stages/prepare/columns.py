@@ -2,9 +2,12 @@
 
 `schema.usable` says what becomes of a row. Most rows are plain dialogues, though, in which nothing is to be found: these are
 taken over by a tight loop that gives every other row to `usable`.
+
+A row is a run of *pieces*, texts with a code each: the content of a turn, after it the other fields of the turn, at the end
+the row's tools; or one plain text.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,16 +16,22 @@ import pyarrow as pa
 
 from fastcache.corpus import MESSAGE, OPTIONAL_FIELDS
 from fastcache.errors import InputError
+from fastcache.stages.prepare.blocks import Malformed, Row
 from fastcache.stages.prepare.config import PrepareConfig
+from fastcache.stages.prepare.field_sets import FieldSets
+from fastcache.stages.prepare.fields import Unusable
 from fastcache.stages.prepare.kernels import U32, Bytes, Numbers, whole_hashes
 from fastcache.stages.prepare.ngrams import Grams, Turns
-from fastcache.stages.prepare.reading import Malformed, Row
-from fastcache.stages.prepare.schema import CHAT_COLUMNS, ROLES, Unusable, usable
+from fastcache.stages.prepare.schema import usable
+from fastcache.stages.prepare.spellings import CHAT_COLUMNS, COMPANIONS, ROLES, TURN_FIELDS, is_present, plain_name
 
 ROLE_NAMES = tuple(dict.fromkeys(ROLES.values()))
-SYSTEM, TEXT = ROLE_NAMES.index("system"), 255
-"""Codes of turns: places in ROLE_NAMES; a plain text is one turn of its own code."""
+SYSTEM = ROLE_NAMES.index("system")
+NO_CONTENT, FIRST_FIELD, TEXT = 8, 16, 255
+"""Codes of pieces. A turn's is the place of its role in ROLE_NAMES, with NO_CONTENT added where its content is null; that of
+another field of a turn is its place in OPTIONAL_FIELDS from FIRST_FIELD on; TOOLS are a row's, TEXT is a plain text."""
 
+TOOLS = FIRST_FIELD + len(OPTIONAL_FIELDS)
 _CODES = {name: ROLE_NAMES.index(role) for name, role in ROLES.items()}
 WHOLE = np.dtype([("hash", "<u8"), ("check", "<u4")])
 STAGED = pa.schema(
@@ -34,45 +43,76 @@ STAGED = pa.schema(
         ("messages", pa.list_(MESSAGE)),
         ("text", pa.string()),
         ("tools", pa.string()),
+        ("fields", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
+"""`fields` is JSON text of two lists: names of the row's fields beside the dialogue that are kept, and that are not."""
+
 MAX_BYTES = 2**31 - 1
 """Text that an Arrow array of strings holds."""
 
 
+def _others(values: Mapping[str, Any], used: tuple[str, ...], known: Collection[str]) -> list[str] | None:
+    """The names beside those `used` whose fields hold something, or None if one of them is `known`."""
+    names = [name for name, value in values.items() if value is not None and name not in used and is_present(value)]
+    return None if any(plain_name(name) in known for name in names) else names
+
+
 class Columns:
-    """Grows row by row: each row's number of turns, each turn's code and UTF-8 text, and reasons for unusable rows."""
+    """Grows row by row: each row's number of pieces, each piece's code and UTF-8 text, and reasons for unusable rows."""
 
     def __init__(self) -> None:
-        self.n_turns: list[int] = []
+        self.n_pieces: list[int] = []
         self.codes = bytearray()
         self.data = bytearray()
         self.stops: list[int] = []
+        self.fields: list[int] = []
+        """Of each row the number in `field_sets`."""
+        self.field_sets = FieldSets()
         self.reasons: dict[int, str] = {}
         self.sources: list[tuple[str, int, int]] = []
         """Source, number there of the first row, number of rows."""
+        self.first_places: dict[str, dict[str, str]] = {}
+        """By source and reason, where the first unusable row stands."""
+        self.files: dict[str, tuple[int, int, str]] = {}
+        """By file, its rows, those of them that aren't even rows, and where the first of these stands."""
 
     def add(
-        self, rows: Iterable[Row | Malformed], source: str, first_row: int, column: str | None, config: PrepareConfig
+        self,
+        rows: Iterable[Row | Malformed],
+        source: str,
+        first_row: int,
+        column: str | None,
+        config: PrepareConfig,
+        path: str = "",
     ) -> None:
-        """Add rows of a source; raises `InputError` for an unusable one if that is asked for."""
+        """Add rows of a source, from the file `path`; raises `InputError` for an unusable one if that is asked for."""
         names = (column,) if column else CHAT_COLUMNS
         plain = not (config.alternating or config.max_turn_chars)
-        n_before = len(self.n_turns)
+        n_before = len(self.n_pieces)
+        malformed: list[str] = []
         for row in rows:
-            n_turns = self._take(row, names) if plain else 0
-            if not n_turns:
+            number = len(self.n_pieces)
+            n_pieces = self._take(row, names) if plain else 0
+            if not n_pieces:
                 try:
-                    n_turns = self._clean(row, column, config)
+                    n_pieces = self._clean(row, column, config)
                 except Unusable as verdict:
-                    number = len(self.n_turns)
+                    place = f"{source}, row {first_row + number - n_before}"
+                    if isinstance(row, Malformed):
+                        place = row.place
+                        malformed.append(place)
                     if config.strict:
-                        place = f"{source}, row {first_row + number - n_before}"
-                        place = row.place if isinstance(row, Malformed) else place
                         raise InputError(f"{place}: {verdict} (--strict). Nothing was written.") from None
+                    self.first_places.setdefault(source, {}).setdefault(str(verdict), place)
                     self.reasons[number] = str(verdict)
-            self.n_turns.append(n_turns)
-        self.sources.append((source, first_row, len(self.n_turns) - n_before))
+                    self.fields.append(0)
+            self.n_pieces.append(n_pieces)
+        n_rows = len(self.n_pieces) - n_before
+        self.sources.append((source, first_row, n_rows))
+        of_file = self.files.get(path, (0, 0, ""))
+        first = of_file[2] or (malformed[0] if malformed else "")
+        self.files[path] = (of_file[0] + n_rows, of_file[1] + len(malformed), first)
         if len(self.data) > MAX_BYTES:
             raise InputError(f"{source}: more than 2 GiB of text in the few rows from row {first_row} on.")
 
@@ -86,20 +126,23 @@ class Columns:
                 turns = row.get(name)  # type: ignore[union-attr]
                 if turns is not None:
                     break
-            for turn in turns:  # type: ignore[union-attr]
-                if "role" in turn:
-                    code, text = _CODES[turn["role"]], turn["content"]
-                elif len(turn) == 2:
-                    code, text = _CODES[turn["from"]], turn["value"]
-                else:
-                    break
+            not_kept = _others(row, (name,), COMPANIONS) if len(row) > 1 else []  # type: ignore[arg-type]
+            for turn in turns if not_kept is not None else ():  # type: ignore[union-attr]
+                used = ("role", "content") if "role" in turn else ("from", "value")
+                code, text = _CODES[turn[used[0]]], turn[used[1]]
                 if text.isspace() or not text:
                     break
+                if len(turn) > 2:
+                    others = _others(turn, used, TURN_FIELDS)
+                    if others is None:
+                        break
+                    not_kept += [f"{name}[].{other}" for other in others]  # type: ignore[operator]
                 data += text.encode()
                 stops.append(len(data))
                 codes.append(code)
             else:
                 if code != SYSTEM:  # so that not all turns are the system's
+                    self.fields.append(self.field_sets.number((), not_kept) if not_kept else 0)
                     return len(stops) - n_before
         except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
             pass
@@ -107,57 +150,55 @@ class Columns:
         return 0
 
     def _clean(self, row: Row | Malformed, column: str | None, config: PrepareConfig) -> int:
-        """Add any usable row and return its number of turns; raises `Unusable`."""
+        """Add any usable row and return its number of pieces; raises `Unusable`."""
         if isinstance(row, Malformed):
             raise Unusable(row.reason)
         found = usable(row, column, config.alternating, config.max_turn_chars)
-        turns = [(TEXT, found["text"])]
-        if found["messages"] is not None:
-            turns = [(_CODES[message["role"]], message["content"]) for message in found["messages"]]
-        for code, text in turns:
+        pieces = [(TEXT, found["text"])] if found["messages"] is None else []
+        for message in found["messages"] or ():
+            content = message.get("content")
+            pieces.append((_CODES[message["role"]] | (NO_CONTENT if content is None else 0), content or ""))
+            pieces += [
+                (code, message[name]) for code, name in enumerate(OPTIONAL_FIELDS, FIRST_FIELD) if name in message
+            ]
+        if found["tools"] is not None:
+            pieces.append((TOOLS, found["tools"]))
+        for code, text in pieces:
             self.data += text.encode()
             self.stops.append(len(self.data))
             self.codes.append(code)
-        return len(turns)
+        self.fields.append(self.field_sets.number(found["kept"], found["not_kept"]))
+        return len(pieces)
 
 
 class CleanRows:
-    """The rows of a chunk as arrays: `turns` with their `codes` `[t]`, and `n_turns` `[r]` of each row, 0 if unusable."""
+    """The rows of a chunk as arrays: `pieces` with their `codes` `[p]`, and `n_pieces` `[r]` of each row, 0 if unusable."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self.turns = turns = Turns.of(columns.data, columns.stops)
+        self.pieces = pieces = Turns.of(columns.data, columns.stops)
         self.codes: Bytes = np.frombuffer(columns.codes, np.uint8)
-        self.n_turns: Numbers = np.array(columns.n_turns, np.int64)
-        self.owners: U32 = np.repeat(np.arange(len(self.n_turns), dtype=np.uint32), self.n_turns)
-        """The row `[t]` of each turn."""
-        self._hashes = np.empty(len(self.n_turns), np.uint64)
-        self._checks = np.empty(len(self.n_turns), np.uint32)
-        whole_hashes(*turns, self.codes, self.n_turns, self._hashes, self._checks)
+        self.n_pieces: Numbers = np.array(columns.n_pieces, np.int64)
+        self.owners: U32 = np.repeat(np.arange(len(self.n_pieces), dtype=np.uint32), self.n_pieces)
+        """The row `[p]` of each piece."""
+        self._hashes = np.empty(len(self.n_pieces), np.uint64)
+        self._checks = np.empty(len(self.n_pieces), np.uint32)
+        whole_hashes(*pieces, self.codes, self.n_pieces, self._hashes, self._checks)
+
+    @property
+    def is_turn(self) -> npt.NDArray[np.bool_]:
+        """Which pieces `[p]` are contents of turns."""
+        return self.codes < FIRST_FIELD
 
     @property
     def whole(self) -> Grams:
-        """Every usable row as one n-gram: all its turns, with their roles."""
-        usable = np.flatnonzero(self.n_turns)
+        """Every usable row as one n-gram: all its pieces, with their codes."""
+        usable = np.flatnonzero(self.n_pieces)
         return Grams(self._hashes[usable], self._checks[usable], usable.astype(np.uint32))
 
     def table(self) -> pa.Table:
         """As `STAGED`, every row of the input."""
-        n_rows = len(self.n_turns)
-        is_text = self.codes == TEXT
-        is_chat = self.n_turns > 0
-        is_chat[self.owners[is_text]] = False
-        said, roles, texts = _strings(self.turns), self.codes, pa.nulls(n_rows, pa.string())
-        if is_text.any():
-            places = np.cumsum(self.n_turns) - 1  # of a text in the turns
-            texts = said.take(pa.array(places, mask=is_chat | (self.n_turns == 0)))
-            said, roles = said.filter(pa.array(~is_text)), roles[~is_text]
-        absent = [pa.nulls(len(roles), pa.string())] * len(OPTIONAL_FIELDS)
-        turns = pa.StructArray.from_arrays([_ROLE_STRINGS.take(_numbers(roles)), said, *absent], fields=list(MESSAGE))
-        edges = np.append(0, np.cumsum(np.where(is_chat, self.n_turns, 0))).astype(np.int32)
-        messages = pa.Array.from_buffers(
-            pa.list_(MESSAGE), n_rows, [_bits(is_chat), pa.py_buffer(edges)], children=[turns]
-        )
+        n_rows = len(self.n_pieces)
         whole = np.empty(n_rows, WHOLE)
         whole["hash"], whole["check"] = self._hashes, self._checks
         digests = pa.Array.from_buffers(pa.binary(WHOLE.itemsize), n_rows, [None, pa.py_buffer(whole.tobytes())])
@@ -165,14 +206,44 @@ class CleanRows:
         names = _strings(Turns.join([name.encode() for name, _, _ in parts]))
         names = names.take(_numbers(np.repeat(np.arange(len(parts)), [n for _, _, n in parts])))
         numbers = _numbers(np.concatenate([np.arange(first, first + n) for _, first, n in parts]))
-        return pa.Table.from_arrays(
-            [names, numbers, self._reasons(), digests, messages, texts, pa.nulls(n_rows, pa.string())], schema=STAGED
-        )
+        sets = _strings(Turns.join([text.encode() for text in self._columns.field_sets.texts]))
+        fields = pa.DictionaryArray.from_arrays(_numbers(np.array(self._columns.fields, np.int32)), sets)
+        columns = [names, numbers, self._reasons(), digests, *self._dialogues(), fields]
+        return pa.Table.from_arrays(columns, schema=STAGED)
+
+    def _dialogues(self) -> tuple[pa.Array, pa.Array, pa.Array]:
+        """Messages, text and tools of every row."""
+        n_rows = len(self.n_pieces)
+        said, is_turn = _strings(self.pieces), self.is_turn
+        turns, roles = np.flatnonzero(is_turn), self.codes[is_turn]
+        turn_of_piece = np.cumsum(is_turn) - 1
+
+        def spread(code: int, n: int, owners: npt.NDArray[Any]) -> pa.Array:
+            """The pieces with this code as a column of `n`, of which `owners` `[p]` says to which each belongs."""
+            mine = np.flatnonzero(self.codes == code)
+            if not len(mine):
+                return pa.nulls(n, pa.string())
+            places = np.full(n, -1, np.int64)
+            places[owners[mine]] = mine
+            return said.take(_numbers(places, places >= 0))
+
+        contents = said if len(turns) == len(is_turn) else said.take(_numbers(turns))
+        if (empty := roles >= NO_CONTENT).any():
+            contents = said.take(_numbers(turns, ~empty))
+        optional = [spread(FIRST_FIELD + i, len(turns), turn_of_piece) for i in range(len(OPTIONAL_FIELDS))]
+        role_names = _ROLE_STRINGS.take(_numbers(roles % NO_CONTENT))
+        structs = pa.StructArray.from_arrays([role_names, contents, *optional], fields=list(MESSAGE))
+        n_turns = np.bincount(self.owners[is_turn], minlength=n_rows)
+        edges = np.append(0, np.cumsum(n_turns)).astype(np.int32)
+        validity = _bits(n_turns > 0)
+        messages = pa.Array.from_buffers(pa.list_(MESSAGE), n_rows, [validity, pa.py_buffer(edges)], children=[structs])
+        return messages, spread(TEXT, n_rows, self.owners), spread(TOOLS, n_rows, self.owners)
 
     def _reasons(self) -> pa.Array:
         reasons = self._columns.reasons
-        texts = [reasons.get(row, "").encode() for row in range(len(self.n_turns))] if reasons else []
-        return _strings(Turns.join(texts), self.n_turns == 0) if reasons else pa.nulls(len(self.n_turns), pa.string())
+        texts = [reasons.get(row, "").encode() for row in range(len(self.n_pieces))] if reasons else []
+        none = pa.nulls(len(self.n_pieces), pa.string())
+        return _strings(Turns.join(texts), self.n_pieces == 0) if reasons else none
 
 
 # Not pa.array(), which imports pandas: a quarter of a second in every process.
@@ -182,8 +253,10 @@ def _bits(mask: npt.NDArray[np.bool_]) -> pa.Buffer:
     return pa.py_buffer(np.packbits(mask, bitorder="little"))
 
 
-def _numbers(values: npt.NDArray[Any]) -> pa.Array:
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+def _numbers(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+    """Numbers; null where they are not `valid`."""
+    nulls = None if valid is None else _bits(valid)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [nulls, pa.py_buffer(values)])
 
 
 def _strings(turns: Turns, valid: npt.NDArray[np.bool_] | None = None) -> pa.Array:

@@ -100,7 +100,7 @@ def measure(corpus: Corpus) -> tuple[dict[str, Lengths], int]:
 
 def _add_dialogues(dialogues: pa.ListArray, lengths: dict[str, Lengths]) -> None:
     turns, owners = dialogues.flatten(), pc.list_parent_indices(dialogues).to_numpy()
-    words = _word_counts(pc.struct_field(turns, "content"))
+    words = _word_counts(pc.fill_null(pc.struct_field(turns, "content"), ""))
     lengths[TURNS].add(np.bincount(owners, minlength=len(dialogues)))
     lengths[DIALOGUES].add(np.bincount(owners, weights=words, minlength=len(dialogues)).astype(np.int64))
     roles = pc.struct_field(turns, "role")

@@ -1,5 +1,6 @@
 """What became of every input row, in compact columns: counts by reason, who repeats whom, and the ledger file."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcache.files import atomic_file
+from fastcache.stages.prepare.field_sets import MAX_NAMES, OTHER_FIELDS
 from fastcache.stages.prepare.staging import Chunk
 
 LEDGER_FILE = "ledger.parquet"
@@ -35,6 +37,15 @@ def _coded(values: pa.ChunkedArray, names: list[str]) -> Codes:
     names += [name for name in known if name not in names]
     places = np.array([names.index(name) for name in known], np.int32)
     return places[_raw(encoded.indices, np.int32)]
+
+
+def _most_common(counts: Counter[str]) -> dict[str, int]:
+    """The counts of the `MAX_NAMES` most common names, by name, with the sum of the others."""
+    common = dict(counts.most_common(MAX_NAMES))
+    others = counts.total() - sum(common.values())
+    if others:
+        common[OTHER_FIELDS] = common.get(OTHER_FIELDS, 0) + others
+    return dict(sorted(common.items()))
 
 
 @dataclass
@@ -100,6 +111,31 @@ class Ledger:
                 "dropped": {reason: int(n) for reason, n in sorted(zip(self.outcomes[1:], row[1:], strict=True)) if n},
             }
             for name, row in zip(self.sources, table, strict=True)
+        }
+
+    def field_counts(self, chunks: list[Chunk]) -> dict[str, dict[str, dict[str, int]]]:
+        """By source, in how many kept rows of `chunks` each field beside the dialogue was kept, and was not kept.
+
+        Of very many fields, those in most rows have their names; the rest are counted together as `OTHER_FIELDS`.
+        """
+        counts: dict[str, dict[str, Counter[str]]] = {
+            name: {"kept": Counter(), "not_kept": Counter()} for name in self.sources
+        }
+        start = 0
+        for chunk in chunks:
+            rows = slice(start, start + chunk.n_rows)
+            fields = chunk.read(["fields"])["fields"].combine_chunks()
+            sets = [json.loads(text) for text in fields.dictionary.to_pylist()]
+            kept = self.outcome[rows] == 0
+            pairs = self.source[rows][kept].astype(np.int64) * len(sets) + _raw(fields.indices, np.int32)[kept]
+            for pair, count in zip(*np.unique(pairs, return_counts=True), strict=True):
+                source, number = divmod(int(pair), len(sets))
+                for kind, names in zip(("kept", "not_kept"), sets[number], strict=True):
+                    for name in names:
+                        counts[self.sources[source]][kind][name] += int(count)
+            start += chunk.n_rows
+        return {
+            source: {kind: _most_common(named) for kind, named in kinds.items()} for source, kinds in counts.items()
         }
 
     def explain(self) -> str:

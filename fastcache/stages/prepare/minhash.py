@@ -54,5 +54,5 @@ def _turns(chunks: list[Chunk]) -> Iterator[tuple[int, list[str]]]:
     row = 0
     for chunk in chunks:
         for messages in chunk.read(["messages"])["messages"].to_pylist():
-            yield row, [message["content"] for message in messages or () if message["role"] != "system"]
+            yield row, [message["content"] or "" for message in messages or () if message["role"] != "system"]
             row += 1

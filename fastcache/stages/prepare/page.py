@@ -45,6 +45,7 @@ def write_page(out: Path) -> Path:
         info=info,
         sources=sources,
         short=_short_names(sources),
+        fields=field_rows(info),
         reasons=sorted({reason for entry in info["counts"].values() for reason in entry["dropped"]}),
         matrix=[[info["duplicates"].get(name, {}).get(other, 0) for other in sources] for name in sources],
         lengths=lengths,
@@ -70,6 +71,20 @@ def _check(info: dict[str, Any], path: Path) -> None:
         require_fields(tokens, {"edges": list, "counts": list, "model": str, "max_length": int, "longer": int}, path)
         if not 0 < len(tokens["counts"]) == len(tokens["edges"]) - 1:
             raise FormatError(f"{path}: token_lengths should have one edge more than counts. The file is damaged.")
+
+
+def field_rows(info: dict[str, Any]) -> list[tuple[str, str, int, str]]:
+    """Source, field, kept rows that had it, and "kept" or "not kept"; of each source the most frequent first.
+
+    A field that is kept in some dialogues and not in others is named as one that is not kept. Corpora of version 1.0
+    have no such counts.
+    """
+    rows = []
+    for source, kinds in info.get("fields", {}).items():
+        for kind in ("not_kept", "kept"):
+            counts = sorted(kinds.get(kind, {}).items(), key=lambda entry: (-entry[1], entry[0]))
+            rows += [(source, name, count, kind.replace("_", " ")) for name, count in counts]
+    return rows
 
 
 def _share(part: int, whole: int) -> str:
@@ -161,7 +176,7 @@ def _kept_rows(corpus: Corpus, numbers: list[int]) -> dict[int, Row]:
 def _beginning(row: Row) -> Row:
     """The first characters of a row as `(role, text)` turns, and how many characters were left out."""
     turns, room = [], EXAMPLE_CHARACTERS
-    whole = [(message["role"], message["content"]) for message in row["messages"] or ()] or [("", row["text"])]
+    whole = [(message["role"], message["content"] or "") for message in row["messages"] or ()] or [("", row["text"])]
     for role, text in whole:
         if room > 0:
             turns.append((role, text[:room]))

@@ -24,7 +24,7 @@ from fastcache.stages.prepare.ngrams import COLLISION_BITS
 from fastcache.stages.prepare.output import split_bounds, write_rows
 from fastcache.stages.prepare.page import PAGE_FILE, write_page
 from fastcache.stages.prepare.sources import RECIPES, Source, find_source, hub_revisions, stamps
-from fastcache.stages.prepare.staging import stage, worker_count
+from fastcache.stages.prepare.staging import check_files, first_places, stage, worker_count
 
 WORK_FOLDER = ".work"
 OWNED = (CORPUS_FILE, "*.parquet", PAGE_FILE, WORK_FOLDER)
@@ -52,7 +52,8 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
     settings = {**as_dict(config), "files": stamps(sources), "revisions": revisions}
     with output_directory(out, "prepare", settings, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         if (out / CORPUS_FILE).exists():
-            progress.say(f"{out} is already prepared; nothing to do (--fresh starts over).")
+            if (out / PAGE_FILE).exists() or not _make_page(out, progress):
+                progress.say(f"{out} is already prepared; nothing to do (--fresh starts over).")
             return read_json(out / CORPUS_FILE)
         try:
             info = _prepare(sources, config, out, progress)
@@ -65,11 +66,18 @@ def prepare(config: PrepareConfig, out: Path, progress: Progress, fresh: bool = 
             info["token_lengths"] = token_lengths(Corpus(out, info), config.model, progress)
         shutil.rmtree(out / WORK_FOLDER)
         write_json_atomic(out / CORPUS_FILE, info)  # last: it says that all is there
-        try:
-            progress.say(f"Report: {write_page(out)}")
-        except InputError as error:  # the corpus is whole without its page
-            progress.say(str(error))
+        _make_page(out, progress)
     return info
+
+
+def _make_page(out: Path, progress: Progress) -> bool:
+    """Write the page of the corpus, which is whole without it; returns whether that could be done."""
+    try:
+        progress.say(f"Report: {write_page(out)}")
+    except InputError as error:
+        progress.say(str(error))
+        return False
+    return True
 
 
 def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: Progress) -> dict[str, Any]:
@@ -80,6 +88,12 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
     chunks = stage(sources, config, work / "staged", progress)
     if not chunks:
         raise InputError(f"No row in {', '.join(source.name for source in sources)}. Nothing was written.")
+    places = first_places(chunks)
+    try:
+        check_files([*given, *chunks])
+    except InputError:
+        shutil.rmtree(work)  # of no use once the file is mended
+        raise
     n_given = sum(chunk.n_rows for chunk in given)
     n_grams = sum(chunk.n_grams for chunk in [*given, *chunks])
     require_space(out, 16 * n_grams, "The deduplication's working files")
@@ -98,7 +112,17 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
     kept = ledger.kept
     if not len(kept):
         names = ", ".join(source.name for source in sources)
-        raise InputError(f"No usable row in {names}: {ledger.explain()}. Nothing was written.")
+        first = next(iter(places[sources[0].name].values())) if sources[0].name in places else ""
+        seen = f"; the first is {first}" if first else ""
+        raise InputError(f"No usable row in {names}: {ledger.explain()}{seen}. Nothing was written.")
+    counts = ledger.counts()
+    for source, by_reason in places.items():
+        for reason, place in by_reason.items():
+            n_rows = counts[source]["dropped"][reason]
+            progress.say(f"Not usable: {n_rows:,} rows of {source} ({reason}), the first at {place}")
+    for source, by_reason in first_places(given).items():
+        for reason, place in by_reason.items():
+            progress.say(f"Not usable: rows of the excluded {source} ({reason}), the first at {place}")
     numbers = np.full(len(repeats), -1, np.int64)
     numbers[kept[np.random.default_rng(config.seed).permutation(len(kept))]] = np.arange(len(kept))
     bounds = split_bounds(len(kept), config)
@@ -113,7 +137,9 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
         "files": stamps(sources),
         "revisions": {source.name: source.revision for source in sources if source.revision},
         "splits": {name: stop - start for name, (start, stop) in bounds.items()},
-        "counts": ledger.counts(),
+        "counts": counts,
+        "first_unusable": places,
+        "fields": ledger.field_counts(chunks),
         "duplicates": ledger.duplicates(),
         "n_grams": n_grams,
         "false_drop_probability": float(n_grams) ** 2 / 2.0 ** (COLLISION_BITS + 1),

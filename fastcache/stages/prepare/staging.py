@@ -8,25 +8,32 @@ process only cuts the input; workers parse it.
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
+from fastcache.errors import InputError
 from fastcache.files import atomic_file, make_directory, read_json, write_json_atomic
 from fastcache.progress import Progress
+from fastcache.stages.prepare.blocks import Block
 from fastcache.stages.prepare.columns import STAGED, SYSTEM, TEXT, CleanRows, Columns
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.conflicts import write_grams
 from fastcache.stages.prepare.ngrams import Grams, Turns, ngram_hashes
-from fastcache.stages.prepare.reading import Block, read_source
+from fastcache.stages.prepare.reading import read_source
 from fastcache.stages.prepare.sources import Source, estimate_rows
 from fastcache.workers import process_pool
 
 CHUNK_ROWS = 20_000
 CHUNK_BYTES = 16 * 2**20
+
+FILE_FAULT_SHARE, FILE_FAULT_ROWS = 0.9, 5
+"""A file in which this share of the rows can't be read, and so many of them, or all, has a fault as a whole."""
+
+STAGE_VERSION = 2
+"""Of the files of a chunk: others aren't used again."""
 
 WORKER_BYTES = 512 * 2**20
 """Memory that a worker takes for a chunk, with the blocks that wait for it."""
@@ -43,12 +50,31 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """One staged chunk: where it lies and how many input rows it holds."""
+    """One staged chunk: where it lies, how many input rows it holds, and what was seen of unusable ones."""
 
     folder: Path
     index: int
     n_rows: int
     n_grams: int
+    first_places: dict[str, dict[str, str]] = field(default_factory=dict)
+    """See `Columns`."""
+
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    """See `Columns`."""
+
+    @classmethod
+    def load(cls, folder: Path, index: int) -> "Chunk | None":
+        """The chunk that an earlier run left, or None; one of an earlier version of fastcache is none."""
+        path = folder / f"{index:06d}.json"
+        meta = read_json(path) if path.exists() else {}
+        if meta.pop("version", None) != STAGE_VERSION:
+            return None
+        return cls(folder, index, **meta)
+
+    def save(self) -> None:
+        """Note that it is done."""
+        meta = {"n_rows": self.n_rows, "n_grams": self.n_grams, "first_places": self.first_places, "files": self.files}
+        write_json_atomic(self.folder / f"{self.index:06d}.json", {"version": STAGE_VERSION, **meta})
 
     @property
     def rows_path(self) -> Path:
@@ -97,22 +123,14 @@ def _chunks(sources: list[Source], config: PrepareConfig) -> Iterator[tuple[list
         yield chunk, False
 
 
-def _cleaned(parts: list[Part], config: PrepareConfig) -> CleanRows:
-    """Raises `InputError` for a bad row where that is asked for."""
-    columns = Columns()
-    for source, column, first_row, block in parts:
-        columns.add(block.rows(), source, first_row, column, config)
-    return CleanRows(columns)
-
-
 def _hashed(rows: CleanRows, config: PrepareConfig, texts_too: bool) -> list[Grams]:
     """The n-grams of cleaned rows, and each row as a whole."""
-    counted = np.ones(len(rows.codes), bool)
+    counted = rows.is_turn
     if not config.ngram_system:
         counted &= rows.codes != SYSTEM
-    if not texts_too:
-        counted &= rows.codes != TEXT
-    turns = Turns(rows.turns.data, rows.turns.starts[counted], rows.turns.stops[counted])
+    if texts_too:
+        counted |= rows.codes == TEXT
+    turns = Turns(rows.pieces.data, rows.pieces.starts[counted], rows.pieces.stops[counted])
     if config.lowercase:
         turns = turns.lower()
     grams = list(ngram_hashes(turns, rows.owners[counted], config.ngram, config.unit)) if config.ngram else []
@@ -120,15 +138,50 @@ def _hashed(rows: CleanRows, config: PrepareConfig, texts_too: bool) -> list[Gra
 
 
 def stage_chunk(parts: list[Part], index: int, folder: Path, config: PrepareConfig, texts_too: bool) -> Chunk:
-    """Clean, hash and write one chunk."""
-    rows = _cleaned(parts, config)
+    """Clean, hash and write one chunk; raises `InputError` for a bad row where that is asked for."""
+    columns = Columns()
+    for source, column, first_row, block in parts:
+        columns.add(block.rows(), source, first_row, column, config, block.path)
+    rows = CleanRows(columns)
     grams = _hashed(rows, config, texts_too)
-    chunk = Chunk(folder, index, len(rows.n_turns), sum(len(piece.hashes) for piece in grams))
+    n_grams = sum(len(piece.hashes) for piece in grams)
+    files = {path: list(counts) for path, counts in columns.files.items() if path}
+    chunk = Chunk(folder, index, len(rows.n_pieces), n_grams, columns.first_places, files)
     write_grams(chunk.grams_path, grams)
     with atomic_file(chunk.rows_path) as temporary, pa.ipc.new_file(str(temporary), STAGED) as file:
         file.write_table(rows.table())
-    write_json_atomic(folder / f"{index:06d}.json", {"n_rows": chunk.n_rows, "n_grams": chunk.n_grams})
+    chunk.save()
     return chunk
+
+
+def first_places(chunks: list[Chunk]) -> dict[str, dict[str, str]]:
+    """By source and reason, where the first unusable row stands."""
+    places: dict[str, dict[str, str]] = {}
+    for chunk in chunks:
+        for source, by_reason in chunk.first_places.items():
+            mine = places.setdefault(source, {})
+            for reason, place in by_reason.items():
+                mine.setdefault(reason, place)
+    return places
+
+
+def check_files(chunks: list[Chunk]) -> None:
+    """Raise `InputError` for a file of which nearly no line, or no element, can be read: it isn't what it says.
+
+    Such a file has one fault, and not many bad rows. A row that can be read, but not used, isn't counted here.
+    """
+    files: dict[str, tuple[int, int, str]] = {}
+    for chunk in chunks:
+        for path, (n_rows, n_bad, place) in chunk.files.items():
+            rows, bad, first = files.get(path, (0, 0, ""))
+            files[path] = rows + n_rows, bad + n_bad, first or place
+    for path, (n_rows, n_bad, place) in files.items():
+        if n_bad >= FILE_FAULT_SHARE * n_rows and n_bad >= min(FILE_FAULT_ROWS, n_rows) > 1:
+            raise InputError(
+                f"{path} isn't what it says: {n_bad:,} of {n_rows:,} rows can't be read as JSON objects, the first at "
+                f"{place}. A JSONL file has one JSON object on each line, without commas between the lines; a .json file "
+                "is one array of objects. Mend the file, or leave it out. Nothing was written."
+            )
 
 
 def _total_rows(sources: list[Source], config: PrepareConfig) -> int | None:
@@ -160,10 +213,9 @@ def stage(
                 task.advance(chunks[-1].n_rows)
 
         for index, (parts, full) in enumerate(_chunks(sources, config)):
-            if (folder / f"{index:06d}.json").exists():
-                meta = read_json(folder / f"{index:06d}.json")
-                chunks.append(Chunk(folder, index, meta["n_rows"], meta["n_grams"]))
-                task.advance(meta["n_rows"])
+            if (staged := Chunk.load(folder, index)) is not None:
+                chunks.append(staged)
+                task.advance(staged.n_rows)
             elif full and n_workers > 1:
                 running.append(pool.submit(stage_chunk, parts, index, folder, config, texts_too))
                 collect(n_workers)  # so many wait at most: memory stays bounded
