@@ -86,8 +86,7 @@ def _collect(
     n_instances = min(config.max_instances, cache.n_instances)
     collected = Collector(sae.d_sae, n_instances, len(TOKEN_SETS), config.top, config.window, config.seed, device)
     done = _load(collected, state)
-    with progress.task("interpret", n_instances, "dialogues") as task:
-        task.advance(done)
+    with progress.task("interpret", n_instances, "dialogues", done) as task:
         for index in range(done, n_instances):
             instance = cache.instance(index)
             acts = sae.encode(torch.from_numpy(instance.residuals(hook_point)).to(device))
