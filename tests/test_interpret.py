@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.cache_format.schema import TOKEN_SETS, token_sets
-from fastcache.errors import MismatchError
+from fastcache.errors import InputError, MismatchError
 from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.sae.storage import save_sae
@@ -23,6 +23,8 @@ from fastcache.stages.interpret.decoder import nearest_latents, promoted_tokens
 from fastcache.stages.interpret.results import Results
 from fastcache.stages.interpret.run import interpret
 from fastcache.stages.interpret.tables import Texts, quantile_bins
+from fastcache.stages.steer.config import FindConfig
+from fastcache.stages.steer.find import find
 
 HOOK, TOP, WINDOW = "resid_post.1", 3, 4
 
@@ -43,7 +45,8 @@ def folder(sae, small_cache, tmp_path_factory):
 
 
 def run(folder, cache, out, **settings):
-    config = InterpretConfig(sae=str(folder), cache=str(cache), **{"top": TOP, "window": WINDOW, **settings})
+    defaults = {"top": TOP, "window": WINDOW, "allow_train": True}
+    config = InterpretConfig(sae=str(folder), cache=str(cache), **{**defaults, **settings})
     interpret(config, out, Silent())
     return pq.read_table(out / "latents.parquet").to_pylist(), pq.read_table(out / "contexts.parquet").to_pylist()
 
@@ -208,7 +211,19 @@ def test_promoted_and_suppressed_tokens_are_the_ends_of_the_logits():
 
 def test_the_command_shows_the_strongest_and_knows_output_tokens(folder, small_cache, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["interpret", "--sae", str(folder), "--cache", str(small_cache), "--out", str(out), "--unembedding"])
+    main(
+        [
+            "interpret",
+            "--sae",
+            str(folder),
+            "--cache",
+            str(small_cache),
+            "--out",
+            str(out),
+            "--unembedding",
+            "--allow-train",
+        ]
+    )
     assert "never active" in capsys.readouterr().out
     latents = pq.read_table(out / "latents.parquet").to_pylist()
     assert all(len(row["promoted"]) == len(row["suppressed"]) == 10 for row in latents)
@@ -262,3 +277,13 @@ def test_a_text_is_whole_where_a_letter_is_of_several_tokens(small_found, small_
         assert row["text"] == AutoTokenizer.from_pretrained(
             open_cache(small_cache).manifest.identity["model"]["name"]
         ).decode(tokens)
+
+
+def test_training_rows_are_refused_as_evaluate_refuses_them(folder, small_cache, held_out_cache, tmp_path):
+    with pytest.raises(InputError, match=r"holds training rows.*extract --split interpret.*--allow-train"):
+        run(folder, small_cache, tmp_path / "out", allow_train=False)
+    with pytest.raises(InputError, match=r"holds training rows.*extract --split steer.*--allow-train"):
+        find(FindConfig(sae=str(folder), cache=str(small_cache)), tmp_path / "out.csv", Silent())
+    assert not list(tmp_path.iterdir())
+    latents, _ = run(folder, held_out_cache, tmp_path / "out", allow_train=False)
+    assert latents

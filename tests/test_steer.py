@@ -200,7 +200,11 @@ def test_kl_of_known_distributions():
 
 
 def test_latents_of_special_tokens_equal_a_loop(cache, folder, sae, tmp_path):
-    found = find(FindConfig(sae=str(folder), cache=str(cache), top=64, max_instances=9), tmp_path / "out.csv", Silent())
+    found = find(
+        FindConfig(sae=str(folder), cache=str(cache), top=64, max_instances=9, allow_train=True),
+        tmp_path / "out.csv",
+        Silent(),
+    )
     maxima = {}
     opened = open_cache(cache)
     for index in range(9):
@@ -243,7 +247,18 @@ def test_the_commands_print_what_was_said(folder, cache, tmp_path):
     assert "[bold]Hello" in done.output
     assert len([json.loads(line) for line in (tmp_path / "out" / "steering.jsonl").open()]) == 3
     done = CliRunner().invoke(
-        cli, ["steer", "find", "--sae", str(folder), "--cache", str(cache), "--out", str(tmp_path / "t.csv")]
+        cli,
+        [
+            "steer",
+            "find",
+            "--sae",
+            str(folder),
+            "--cache",
+            str(cache),
+            "--out",
+            str(tmp_path / "t.csv"),
+            "--allow-train",
+        ],
     )
     assert done.exit_code == 0, done.output
     assert "<|im_start|>" in done.output
@@ -262,7 +277,7 @@ def test_what_cannot_be_steered_is_told(folder, small_cache, tmp_path, monkeypat
         run(folder, tmp_path / "out", backend="vllm")
     assert not (tmp_path / "out").exists()
     with pytest.raises(MismatchError, match=r"trained at resid_post\.2, but"):
-        find(FindConfig(sae=str(folder), cache=str(small_cache)), tmp_path / "out.csv", Silent())
+        find(FindConfig(sae=str(folder), cache=str(small_cache), allow_train=True), tmp_path / "out.csv", Silent())
     other = open_cache(small_cache).manifest.identity["model"]["name"]
     with pytest.raises(MismatchError, match="is of another model"):
         run(folder, tmp_path / "out", model=other)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fastcache.cache_format.reader import open_cache
+from fastcache.corpus import Corpus
 from fastcache.errors import InputError, NonFiniteError
 from fastcache.pipeline.cli import cli, main
 from fastcache.pipeline.costs import costs
@@ -201,7 +202,7 @@ def test_costs_are_those_of_the_arithmetic():
         "train": {"base": {"expansion": 8, "tokens": 2000}, "grid": {"arch": ["standard", "jumprelu"]}},
     }
     found = costs(read_study("tiny", values))
-    tokens = 3 * 6000 + 20 * 500
+    tokens = 3 * 6000 + 6000  # the held-out cache has as many as the others, at most
     assert (found.n_saes, found.n_caches) == (12, 4)
     assert found.cache_bytes == tokens * (2 * 100 * 2 + 3)
     assert found.extract_flop == 2 * 1000 * 5 / 10 * tokens
@@ -212,6 +213,20 @@ def test_costs_are_those_of_the_arithmetic():
 def test_the_size_of_a_model_that_is_there_is_read_from_it():
     found = costs(read_study("tiny", SMALL))
     assert 0 < found.extract_flop < 2 * 2_410_016 * (3 * 6000 + 20 * 500)
+
+
+def test_the_held_out_dialogues_are_counted_where_there_are_some_and_else_assumed_aloud(studied, tmp_path):
+    corpora = {"chat": str(studied[1] / "corpus-chat"), "text": str(studied[1] / "corpus-text")}
+    values = {**SMALL, "extract": {**SMALL["extract"], "tokens": 10**6}}
+    n_rows = Corpus(studied[1] / "corpus-chat").n_rows("eval")
+    known, assumed = (costs(read_study("tiny", {**values, **changes})) for changes in ({"corpora": corpora}, {}))
+    row_bytes = 2 * 2 * 160 + 3
+    assert known.cache_bytes == (3 * 10**6 + n_rows * 500) * row_bytes
+    assert assumed.cache_bytes == (3 * 10**6 + 30 * 500) * row_bytes  # a tenth of --max-rows
+    assert f"{n_rows} (as in the corpus" in known.held_out
+    path = write_study(tmp_path, extract=values["extract"])
+    done = CliRunner().invoke(cli, ["plan", str(path), "--tflops", "1"])
+    assert "30 (an assumption: the corpus is not prepared yet) of about 500 tokens" in done.output
 
 
 def test_plan_adds_studies_up(tmp_path):

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fastcache import figures
 from fastcache.cache_format.schema import STORED_DTYPES
+from fastcache.corpus import CORPUS_FILE, Corpus
 from fastcache.llm.loading import ModelSource, count_parameters, load_config
+from fastcache.pipeline.places import RUNS, slug
 from fastcache.pipeline.study import ModelSize, Study
 from fastcache.stages.extract.plan import TOKEN_BYTES
+from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.train.recipe import PAPER_TOKENS
 
 HELD_OUT_TOKENS = 500
@@ -29,6 +33,8 @@ class Costs:
     """Of the decoder layers' products, up to the deepest that is captured; attention between tokens isn't counted."""
     train_flop: float
     """Of the five products of every step; steps that leave out inactive latents need less."""
+    held_out: str
+    """How many held-out dialogues were counted or assumed."""
 
     def hours(self, flop_per_second: float) -> float:
         """At this speed."""
@@ -38,7 +44,8 @@ class Costs:
 def costs(study: Study) -> Costs:
     """What the study will cost; raises `ModelError` where it says no `size` and the model can't be read."""
     size, config = study.size or _size(study), study.extract
-    tokens = config.tokens * len(study.methods) + study.evaluate["max_instances"] * HELD_OUT_TOKENS
+    held_out_tokens, held_out = _held_out(study)
+    tokens = config.tokens * len(study.methods) + held_out_tokens
     layers = set(config.layer)
     row_bytes = np.dtype(STORED_DTYPES[config.dtype]).itemsize * size.d_in * len(layers)
     through = size.parameters * (max(layers) + 1) / size.n_layers
@@ -51,7 +58,27 @@ def costs(study: Study) -> Costs:
         cache_bytes=tokens * (row_bytes + TOKEN_BYTES),
         extract_flop=2.0 * through * tokens,
         train_flop=10.0 * size.d_in * latents_seen * len(study.methods),
+        held_out=held_out,
     )
+
+
+def _held_out(study: Study) -> tuple[int, str]:
+    """Tokens of the held-out cache, and from how many dialogues they are estimated."""
+    chat = study.corpora["chat"]
+    folder = chat if isinstance(chat, Path) else RUNS / slug(study.name) / "corpus-chat"
+    if (folder / CORPUS_FILE).is_file():
+        n_dialogues = Corpus(folder).n_rows("eval")
+        source = f"as in the corpus {folder}"
+    else:
+        config = PrepareConfig() if isinstance(chat, Path) else chat
+        n_dialogues = config.eval_rows
+        if config.max_rows:
+            n_dialogues = min(n_dialogues, config.max_rows * max(1, len(config.source)) // 10)
+        source = "an assumption: the corpus is not prepared yet"
+    limit = study.extract.tokens
+    tokens = min(limit, n_dialogues * HELD_OUT_TOKENS)
+    text = f"{figures.count(n_dialogues)} ({source}) of about {HELD_OUT_TOKENS} tokens"
+    return tokens, text + (f", but at most the {figures.count(limit)} tokens of a cache" if tokens == limit else "")
 
 
 def _size(study: Study) -> ModelSize:

@@ -25,8 +25,10 @@ class Output:
         """`messages`: where errors are printed; None for that stream itself, whose failure doesn't end the command."""
         self._stream, self._messages = stream, messages
         self.ends_command = messages is not None
-        with suppress(AttributeError, ValueError):  # a character that the terminal can't show is no reason to fail
-            stream.reconfigure(errors="backslashreplace")
+        with suppress(
+            AttributeError, ValueError, OSError
+        ):  # a character that the terminal can't show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
         self.error: OSError | None = None
         """Why nothing can be written any more."""
 
@@ -83,7 +85,7 @@ def standard_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     errors = Output(before[1] or open(2, "w", closefd=False))  # noqa: SIM115
     output = Output(before[0] or open(1, "w", closefd=False), errors)  # noqa: SIM115
-    sys.stdout, sys.stderr = output, errors  # type: ignore[assignment]
+    sys.stdout, sys.stderr = output, errors
     try:
         yield
     finally:

@@ -3,11 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from fastcache.cache_format.reader import Cache
+from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.config import differences
-from fastcache.errors import MismatchError
+from fastcache.errors import InputError, MismatchError
+from fastcache.files import require_fields
 from fastcache.sae.architectures import Sae
 from fastcache.sae.storage import load_sae
+
+
+def open_held_out(path: str, split: str, allow_train: bool) -> Cache:
+    """A complete cache of dialogues that no SAE was trained on, unless `allow_train`.
+
+    `split` is the one that messages advise. Raises `InputError` for training rows, blocks, or a cache that isn't complete.
+    """
+    cache = open_cache(path)
+    cache.require_complete()
+    if cache.manifest.identity["corpus"]["split"] == "train" and not allow_train:
+        raise InputError(
+            f"{path} holds training rows, so figures on it would flatter. Make a held-out cache with "
+            f"`fastcache extract --split {split}`, or say --allow-train."
+        )
+    cache.require_dialogues()
+    return cache
 
 
 def load_sae_of(cache: Cache, folder: Path) -> tuple[Sae, dict[str, Any]]:

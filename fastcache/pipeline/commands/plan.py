@@ -1,21 +1,29 @@
 """`fastcache plan`."""
 
+from typing import TYPE_CHECKING
+
 import click
-from rich.table import Table
 
 from fastcache.config import parse_number
 from fastcache.errors import InputError
+from fastcache.figures import count, figure, size
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 from fastcache.pipeline.options import read_config
 from fastcache.pipeline.study import LARGEST_SCALE, SMALLEST_SCALE, Study, is_study, read_study
 from fastcache.pipeline.study_files import find_study_file
+from fastcache.pipeline.tables import FullTable, figure_columns, name_columns, print_table
+
+if TYPE_CHECKING:
+    from fastcache.pipeline.costs import Costs
 
 HELP = """Say what studies cost before they are run: SAEs, disk, arithmetic, hours.
 
 Arithmetic is that of the matrix products: of the model's layers up to the deepest one that is captured, and of the five
 products of every training step. Hours are at the speed of such products measured on this machine, or at --tflops of each
-device, times --devices: the least that they can take. For one cache, `train` and `sweep` have --dry-run.
+device, times --devices: the least that they can take. Disk is that of the caches, with a held-out one of the corpus's
+dialogues where that is prepared, and else of an assumed number of them, which is printed. For one cache, `train` and
+`sweep` have --dry-run.
 
 \b
 Examples:
@@ -54,25 +62,38 @@ def show_costs(studies: list[Study], tflops: float | None, devices: int, progres
 
     found = [costs(study) for study in studies]
     speed = tflops * 1e12 if tflops else measured_speed()
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("study", no_wrap=True)
-    for name in ("SAEs", "caches", "disk, GB", "extraction,\nPFLOP", "training,\nPFLOP", "hours"):
-        table.add_column(name, justify="right", no_wrap=True)
-    rows = [
-        (one.n_saes, one.n_caches, one.cache_bytes / 1e9, one.extract_flop / 1e15, one.train_flop / 1e15,
+    columns = [
+        *name_columns("study"),
+        *figure_columns("SAEs", "caches", "disk", "extraction,\nPFLOP", "training,\nPFLOP", "hours"),
+    ]
+    values: list[tuple[float, ...]] = [
+        (one.n_saes, one.n_caches, one.cache_bytes, one.extract_flop / 1e15, one.train_flop / 1e15,
          one.hours(speed * devices))
         for one in found
     ]  # fmt: skip
-    for name, values in zip([one.name for one in found], rows, strict=True):
-        table.add_row(name, *map(_figure, values))
+    names = [one.name for one in found]
     if len(found) > 1:
-        table.add_row("all", *map(_figure, map(sum, zip(*rows, strict=True))))
-    progress.console.print(table)
+        names.append("all")
+        values.append(tuple(map(sum, zip(*values, strict=True))))
+    rows = [[name, *_cells(*each)] for name, each in zip(names, values, strict=True)]
+    print_table(progress.console, FullTable(columns, rows))
+    for text, studies_of_it in _assumptions(found).items():
+        of = "" if len(studies_of_it) == len(found) else f" ({', '.join(studies_of_it)})"
+        progress.say(f"Held-out dialogues{of}: {text}.")
     measured = "" if tflops else ", measured here"
     progress.say(
-        f"Hours at {speed / 1e12:.3g} TFLOP/s{measured}, {devices} device{'s' if devices > 1 else ''}. Nothing was written."
+        f"Hours at {figure(speed / 1e12)} TFLOP/s{measured}, {devices} device{'s' if devices > 1 else ''}. "
+        "Nothing was written."
     )
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.3g}"
+def _cells(n_saes: float, n_caches: float, n_bytes: float, *flop_and_hours: float) -> list[str]:
+    return [count(int(n_saes)), count(int(n_caches)), size(n_bytes), *map(figure, flop_and_hours)]
+
+
+def _assumptions(found: "list[Costs]") -> dict[str, list[str]]:
+    """The names of the studies by what was assumed for them."""
+    texts: dict[str, list[str]] = {}
+    for one in found:
+        texts.setdefault(one.held_out, []).append(one.name)
+    return texts

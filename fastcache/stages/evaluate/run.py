@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcache.cache_format.reader import Cache, CachedInstance, open_cache
+from fastcache.cache_format.reader import Cache, CachedInstance
 from fastcache.cache_format.schema import TOKEN_SETS, token_sets
 from fastcache.devices import choose_device
 from fastcache.errors import InputError
@@ -22,7 +22,7 @@ from fastcache.llm.vllm_backend.splicing import SplicedEngine
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.metrics import Metrics
-from fastcache.sae.of_cache import load_sae_of
+from fastcache.sae.of_cache import load_sae_of, open_held_out
 from fastcache.sae.spread import Spread
 from fastcache.sae.storage import sae_fingerprint
 from fastcache.stages.evaluate.config import EvaluateConfig
@@ -49,14 +49,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> list[dict[str, Any]]
     Raises `InputError` for a cache of training rows or of blocks, `MismatchError` for an SAE of another model, layer or
     width.
     """
-    cache = open_cache(config.cache)
-    cache.require_complete()
-    if cache.manifest.identity["corpus"]["split"] == "train" and not config.allow_train:
-        raise InputError(
-            f"{config.cache} holds training rows, so figures on it would flatter. Make a held-out cache with "
-            "`fastcache extract --split eval`, or say --allow-train."
-        )
-    cache.require_dialogues()
+    cache = open_held_out(config.cache, "eval", config.allow_train)
     device = choose_device(config.device)
     spreads: dict[str, Spread] = {}
     candidates = [_load(Path(folder), cache, device, spreads) for folder in config.sae]

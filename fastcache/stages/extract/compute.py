@@ -118,9 +118,8 @@ def compute_here(
 ) -> dict[int, str]:
     """Make the parts of the units that are missing, in this process; returns those given up, with the reason."""
     failed: dict[int, str] = {}
-    for unit in _missing(units, writer, status):
-        report = partial(status.advance, unit=unit.index)
-        if made := compute_part(unit, writer, backend, report, skip_nonfinite):
+    for unit in _missing(units, writer):
+        if made := compute_part(unit, writer, backend, status.advance, skip_nonfinite):
             made.add_done_callback(lambda _: status.unit_done())
         else:
             failed[unit.index] = ALL_NON_FINITE
@@ -136,10 +135,10 @@ def compute_by_crew(
     crew = Crew(partial(_begin, worker), n_workers, STOPPING)
     status.workers = crew.states
     failed: dict[int, str] = {}
-    with closing(crew.run((unit.index, unit) for unit in _missing(units, writer, status))) as messages:
+    with closing(crew.run((unit.index, unit) for unit in _missing(units, writer))) as messages:
         for message in messages:
             if isinstance(message, Advance):
-                status.advance(message.amount, message.key)
+                status.advance(message.amount)
             elif isinstance(message, Done) and message.result:
                 writer.log_part(message.result)
                 status.unit_done()
@@ -149,14 +148,11 @@ def compute_by_crew(
     return failed
 
 
-def _missing(units: Iterable[Unit], writer: CacheWriter | LayerWriter, status: Status) -> Iterator[Unit]:
+def _missing(units: Iterable[Unit], writer: CacheWriter | LayerWriter) -> Iterator[Unit]:
     """The units that are not committed yet; raises `MismatchError` for one that is, with other sequences."""
     for unit in units:
         record = writer.logged.get(unit.index)
         if record is not None:
             unit = as_committed(unit, record, writer.storage.url)  # noqa: PLW2901
-        if unit.index in writer.committed:
-            status.advance(unit.n_tokens, unit.index)
-            status.unit_done()
-        else:
+        if unit.index not in writer.committed:
             yield unit

@@ -79,14 +79,16 @@ class UnitRun:
                 announce_time(self.plan, use, model.backend(), self.sample, self.progress)
             if use.n_workers > 1:
                 model.close()  # the workers have models of their own
-            with self.progress.task(name, self.plan.expected_tokens, "tokens") as task:
-                status = Status(task, self.progress, self.plan.expected_tokens, self.plan.row_bytes, self.status_path)
+            done = [record.n_tokens for record in writer.committed.values()]
+            expected = max(self.plan.expected_tokens, sum(done))
+            with self.progress.task(name, expected, "tokens", sum(done)) as task:
+                status = Status(task, self.progress, expected, self.plan.row_bytes, self.status_path)
+                status.begin_with(sum(done), len(done))
                 if use.n_workers > 1:
                     failed = compute_by_crew(units, writer, self.worker, use.n_workers, status)
                 else:
                     failed = compute_here(units, writer, model.backend(), self.worker.skip_nonfinite, status)
-                status.state = "computed"
-                status.write()
+                status.finish()
         return failed
 
     def _parity(self, backend: Backend) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fastcache.config import Settings, option
 
-FREE_ON_RESUME = ("sae", "cache", "device", "model")
+FREE_ON_RESUME = ("sae", "cache", "device", "model", "allow_train")
 """Settings that may differ on resume: SAE and cache go by their fingerprints."""
 
 
@@ -14,6 +14,7 @@ class InterpretConfig(Settings):
 
     sae: str = option(help="Folder of a trained SAE.")
     cache: str = option(help="Held-out cache, such as of `fastcache extract --split interpret`; method fast.")
+    allow_train: bool = option(False, help="Accept a cache of training rows: what is found is then not held out.")
     max_instances: int = option(10_000, help="Dialogues to look at, from the beginning of the cache.", at_least=1)
     top: int = option(
         10, help="Contexts with the highest activation to keep of each latent, each of another dialogue.", at_least=1

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from fastcache.cache_format.reader import Cache, open_cache
+from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import TOKEN_SETS, token_sets
 from fastcache.config import as_dict
 from fastcache.devices import choose_device
@@ -15,7 +15,7 @@ from fastcache.llm.loading import ModelSource, known_model, known_tokenizer, loa
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.architectures import Sae
-from fastcache.sae.of_cache import load_sae_of
+from fastcache.sae.of_cache import load_sae_of, open_held_out
 from fastcache.stages.interpret.collect import Collector
 from fastcache.stages.interpret.config import FREE_ON_RESUME, InterpretConfig
 from fastcache.stages.interpret.decoder import nearest_latents, promoted_tokens
@@ -41,11 +41,10 @@ PROMOTED = 10
 def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: bool = False) -> None:
     """Write the tables that docs/interpret.md describes into `out`, or go on.
 
-    Raises `InputError` for a cache of blocks, `MismatchError` for an SAE of another model, layer or width, or another model.
+    Raises `InputError` for a cache of training rows or of blocks, `MismatchError` for an SAE of another model, layer or
+    width, or another model.
     """
-    cache = open_cache(config.cache)
-    cache.require_complete()
-    cache.require_dialogues()
+    cache = open_held_out(config.cache, "interpret", config.allow_train)
     sae, info = load_sae_of(cache, Path(config.sae))
     identity, source = cache.manifest.identity["model"], None
     if config.unembedding:
@@ -86,8 +85,7 @@ def _collect(
     n_instances = min(config.max_instances, cache.n_instances)
     collected = Collector(sae.d_sae, n_instances, len(TOKEN_SETS), config.top, config.window, config.seed, device)
     done = _load(collected, state)
-    with progress.task("interpret", n_instances, "dialogues") as task:
-        task.advance(done)
+    with progress.task("interpret", n_instances, "dialogues", done) as task:
         for index in range(done, n_instances):
             instance = cache.instance(index)
             acts = sae.encode(torch.from_numpy(instance.residuals(hook_point)).to(device))

@@ -69,6 +69,7 @@ class FindConfig(Settings):
 
     sae: str = option(help="Folder of a trained SAE.")
     cache: str = option(help="Cache of dialogues, such as of `fastcache extract --split steer`; method fast.")
+    allow_train: bool = option(False, help="Accept a cache of training rows: what is found is then not held out.")
     max_instances: int = option(1000, help="Dialogues to look at, from the beginning of the cache.", at_least=1)
     top: int = option(5, help="Latents to give for each special token.", at_least=1)
     device: str | None = option(None, help="Device. Default: cuda where there is one, else cpu.")

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastcache.cache_format.reader import Cache, open_cache
+from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import select
 from fastcache.devices import choose_device
 from fastcache.files import keep_earlier, write_bytes_atomic
 from fastcache.llm.loading import known_tokenizer
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
-from fastcache.sae.of_cache import load_sae_of
+from fastcache.sae.of_cache import load_sae_of, open_held_out
 from fastcache.stages.steer.config import FindConfig
 
 
@@ -32,11 +32,9 @@ class Found(NamedTuple):
 def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
     """For each special token the latents with the highest mean, over the dialogues, of their maximum on it; writes `out`, CSV.
 
-    Raises `InputError` for a cache of blocks, `MismatchError` for an SAE of another model or layer.
+    Raises `InputError` for a cache of training rows or of blocks, `MismatchError` for an SAE of another model or layer.
     """
-    cache = open_cache(config.cache)
-    cache.require_complete()
-    cache.require_dialogues()
+    cache = open_held_out(config.cache, "steer", config.allow_train)
     sae, info = load_sae_of(cache, Path(config.sae))
     device = choose_device(config.device)
     means = _means(cache, sae.to(device), info["hook_point"], min(config.max_instances, cache.n_instances), progress)

@@ -43,7 +43,9 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
             member.failed(error)
             raise error
 
-        with progress.task(f"train {config.arch}", task.recipe.steps * task.recipe.batch_size, "tokens") as shown:
+        size = task.recipe.batch_size
+        done = member.trainer.step_number * size
+        with progress.task(f"train {config.arch}", task.recipe.steps * size, "tokens", done) as shown:
             train_together([member], shown, failed)
         if skipped := member.run.buffer.skipped:
             progress.say(f"{len(skipped)} damaged units were left out; sae.json lists them. Run `fastcache verify`.")
@@ -97,7 +99,6 @@ def train_together(members: Sequence[Member], shown: Shown, on_failure: OnFailur
                 active.remove(member)
 
     step_number = members[0].trainer.step_number
-    shown.advance(step_number * task.recipe.batch_size)
     with deferred_interrupt() as interrupt:
         while active:
             numbers, rows = buffer.next_batch()
@@ -105,11 +106,14 @@ def train_together(members: Sequence[Member], shown: Shown, on_failure: OnFailur
             tried(lambda member: member.step(x, numbers))  # noqa: B023  called at once
             active = [member for member in active if not member.is_trained]
             step_number += 1
-            if interrupt.requested or step_number % task.config.checkpoint_every == 0:
+            is_stopping = interrupt.requested  # read once: it may be requested while the figures are printed
+            if is_stopping or step_number % task.config.checkpoint_every == 0:
                 tried(Member.checkpoint)
-            shown.advance(len(x), members[0].note() if len(members) == 1 else f"{len(active)} SAEs")
-            if interrupt.requested:
+            shown.advance(len(x), members[0].note() if len(members) == 1 else f"{len(members)} SAEs")
+            if is_stopping:
                 raise KeyboardInterrupt
+        if interrupt.requested:
+            raise KeyboardInterrupt
 
 
 def say_selection(selection: Selection, progress: Progress) -> None:

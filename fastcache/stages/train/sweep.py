@@ -167,8 +167,8 @@ def _train_pass(tasks: Tasks, out: Path, progress: Progress, number: str) -> Non
             member.failed(error)
             progress.say(f"{member.out.name} failed; the others go on. {error}")
 
-        steps = max(member.trainer.n_steps for member in members)
-        with progress.task(f"pass {number}", steps * first.recipe.batch_size, "tokens") as shown:
+        steps, size = max(member.trainer.n_steps for member in members), first.recipe.batch_size
+        with progress.task(f"pass {number}", steps * size, "tokens", members[0].trainer.step_number * size) as shown:
             train_together(members, shown, failed)
         for member in members:
             if _state(member.out)["state"] == "trained":
