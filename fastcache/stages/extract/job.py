@@ -19,6 +19,7 @@ from fastcache.llm.loading import (
     require_chat_template,
     tokenizer_identity,
 )
+from fastcache.llm.model_files import require_known_tokens
 from fastcache.stages.extract.compute import Worker
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.model_use import ModelUse
@@ -69,11 +70,16 @@ class Job:
         return next(((name, token) for name, token in candidates.items() if token is not None), ("none", None))
 
     def items(self) -> Iterator[Item]:
-        """The stream of sequences, from its beginning."""
+        """The stream of sequences, from its beginning; raises `ModelError` at a token that the model doesn't know."""
         rows = self.corpus.rows(self.config.split)
         if self.config.method == "fast":
-            return fast_items(rows, self._tokenizer(), self.max_length)
-        return block_items(rows, self._tokenizer(), self.block_size, self.separator[1], self.config.tokens)
+            items = fast_items(rows, self._tokenizer(), self.max_length)
+        else:
+            items = block_items(rows, self._tokenizer(), self.block_size, self.separator[1], self.config.tokens)
+        for item in items:
+            if item.instance:
+                require_known_tokens(item.instance.token_ids, self.llm_config, self.source.name)
+            yield item
 
     def _tokenizer(self) -> Tokenize:
         if self.config.method == "bt-p":
