@@ -15,9 +15,10 @@ from fastcache.assets import DEMO
 from fastcache.cache_format.schema import layer_of
 from fastcache.config import differences
 from fastcache.errors import FastcacheError, InputError, MismatchError, ModelError
-from fastcache.files import fingerprint
+from fastcache.files import fingerprint, read_json
 from fastcache.llm.decoder import Decoder, checkpoint_class, cut_class, decoder_layers, unknown_weights
 from fastcache.llm.model_files import reason_of, require_readable_files, require_sound_config, require_vocabulary
+from fastcache.rundir import RUN_FILE, stored_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +33,13 @@ class ModelSource:
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
+    place: str | None = None
+    """Where the folder is, if it isn't at `name`: a relative path that was said in another directory, or a moved folder."""
 
     @property
     def path(self) -> str:
         """What transformers loads: the hub name or the folder."""
-        return str(DEMO) if self.name == "demo" else self.name
+        return self.place or (str(DEMO) if self.name == "demo" else self.name)
 
     @property
     def is_local(self) -> bool:
@@ -267,10 +270,27 @@ def model_identity(source: ModelSource, config: Any) -> dict[str, Any]:
     return {**identity, "revision": getattr(config, "_commit_hash", None) or source.revision}
 
 
+def place_of(name: str, output: Path | str) -> str | None:
+    """The folder of the model `name`, by the run.json of an `output` that was made with it; None where that says nothing."""
+    if name == "demo" or "://" in str(output) or Path(name).is_dir():
+        return None
+    try:
+        run = read_json(Path(output) / RUN_FILE)
+    except FastcacheError:
+        return None
+    path = stored_path(run, name, Path(output))
+    return str(path) if path.is_dir() else None
+
+
 def known_model(identity: dict[str, Any], place: str | None, trust_remote_code: bool, what: str) -> ModelSource:
     """The model of this identity, at `place` or by its name; raises `MismatchError` where that is another than `what` is of."""
+    place = place or place_of(identity["name"], what)
     source = ModelSource(place or identity["name"], identity.get("revision"), trust_remote_code)
-    if found := differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""}):
+    try:
+        present = model_identity(source, load_config(source))
+    except ModelError as error:
+        raise ModelError(f"{error} Say where the model of {what} is with --model.") from error
+    if found := differences({**identity, "name": ""}, {**present, "name": ""}):
         raise MismatchError(f"{what} is of another model than {source.name!r} ({'; '.join(found)}). Give --model.")
     return source
 

@@ -125,9 +125,12 @@ class Job:
         }
 
 
-def make_job(config: ExtractConfig, find_corpus: Callable[[], Path]) -> Job:
-    """Find model, tokenizer and corpus, and check that they go together; raises `ModelError`, `InputError`."""
-    source = ModelSource(config.model, config.revision, config.trust_remote_code)
+def make_job(config: ExtractConfig, find_corpus: Callable[[], Path], model_place: str | None = None) -> Job:
+    """Find model, tokenizer and corpus, and check that they go together; raises `ModelError`, `InputError`.
+
+    `model_place` is where the folder of the model is, if it isn't where the settings say.
+    """
+    source = ModelSource(config.model, config.revision, config.trust_remote_code, model_place)
     llm_config, tokenizer = load_config(source), load_tokenizer(source)
     check_layers(llm_config, [hook_point(layer) for layer in config.layer], source)
     if config.method != "bt-p":
