@@ -1,6 +1,6 @@
 """Where torch computes."""
 
-from fastcache.errors import InputError
+from fastcache.errors import InputError, first_line, quoted
 
 
 def default_dtype(device: str) -> str:
@@ -15,8 +15,9 @@ def choose_device(wanted: str | None) -> str:
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {wanted} can't be used here ({reason}). Leave it out, or say cpu.") from error
+        torch.ones(1, device=wanted).sum().item()  # `meta` and its like hold no numbers
+    except (RuntimeError, AssertionError, ImportError, ValueError, TypeError) as error:
+        raise InputError(
+            f"--device {quoted(wanted)} can't be used here ({first_line(error)}). Leave it out, or say cpu."
+        ) from error
     return wanted

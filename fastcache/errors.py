@@ -82,7 +82,10 @@ def quoted(value: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says: its first line, printable and short; its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip() if lines else ""
+    """What an exception of another library says, printable and short; its class where it says nothing.
+
+    That is its first line, and the next one where the first ends with a colon.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     return printable(shortened(text, LONGEST_REASON)).rstrip(".") or type(error).__name__

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from fastcache.disk import disk_errors
-from fastcache.errors import FormatError
+from fastcache.errors import FormatError, quoted
 
 MAX_JSON_BYTES = 256 * 2**20
 MAX_JSON_DEPTH = 64
@@ -62,7 +63,10 @@ def parse_json(text: str | bytes, where: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`; raises `FormatError` for anything else."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise FormatError(f"{path} is no regular file.")
+        if status.st_size > MAX_JSON_BYTES:
             raise FormatError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: not a file of fastcache.")
         value = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError as error:
@@ -79,7 +83,7 @@ def require_fields(value: dict[str, Any], fields: Mapping[str, type], path: Path
     for name, kind in fields.items():
         if not isinstance(value.get(name), kind):
             raise FormatError(
-                f"{path}: {name} should be {kind.__name__}, found {value.get(name)!r}. The file is damaged."
+                f"{path}: {name} should be {kind.__name__}, found {quoted(value.get(name))}. The file is damaged."
             )
 
 

@@ -5,6 +5,7 @@ written, so a directory that a killed run left behind is still known as ours.
 """
 
 import fcntl
+import os
 import platform
 import shutil
 from collections.abc import Collection, Iterator
@@ -33,9 +34,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What stands in run.json."""
-    return {"command": command, "settings": settings, "versions": versions()}
+def new_run(command: str, settings: dict[str, Any], output: Path | str) -> dict[str, Any]:
+    """What stands in run.json: beside the settings, what their relative paths are relative to."""
+    where = {
+        "started_in": str(Path().absolute()),
+        "output": str(output.absolute() if isinstance(output, Path) else output),
+    }
+    return {"command": command, "settings": settings, "versions": versions(), **where}
+
+
+def stored_path(run: dict[str, Any], text: str, output: Path | str) -> Path:
+    """Where the path `text` in the settings of a run.json leads, for the output that is at `output` now.
+
+    The first of these that exists: from the directory that the run was started in; from the output, should both have been
+    moved together; as it stands. None: as it stands.
+    """
+    started_in, before = run.get("started_in"), run.get("output")
+    candidates = []
+    if isinstance(started_in, str):  # run.json of an earlier version has neither
+        meant = Path(started_in, text)
+        candidates.append(meant)
+        if isinstance(before, str) and isinstance(output, Path) and "://" not in before:
+            candidates.append(output.absolute() / os.path.relpath(meant, before))
+    return next((path for path in candidates if path.exists()), Path(text))
 
 
 @contextmanager
@@ -82,7 +103,7 @@ def output_directory(
         if ours and fresh:
             _clear(path, owned)
         if fresh or not ours:
-            write_json_atomic(path / RUN_FILE, new_run(command, settings))
+            write_json_atomic(path / RUN_FILE, new_run(command, settings, path))
         yield
 
 

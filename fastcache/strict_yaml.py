@@ -73,6 +73,11 @@ def _reason(error: Exception) -> str:
     return f"{line}: {problem or first_line(error)}"
 
 
+def _line(part: Any) -> int:
+    """The line, from 1, that a node or an event begins on."""
+    return int(part.start_mark.line) + 1
+
+
 def _check_events(text: str, where: str) -> None:
     """Refuse tags, and depth before anything recurses."""
     depth = 0
@@ -80,15 +85,14 @@ def _check_events(text: str, where: str) -> None:
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
             if depth > MAX_DEPTH:
-                line = event.start_mark.line + 1
                 raise InputError(
-                    f"{where}: line {line} is nested deeper than {MAX_DEPTH} levels, which no setting needs."
+                    f"{where}: line {_line(event)} is nested deeper than {MAX_DEPTH} levels: no setting is."
                 )
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             depth -= 1
         if tag := getattr(event, "tag", None):
             raise InputError(
-                f"{where}: line {event.start_mark.line + 1} has the tag {quoted(tag)}. Settings have no tags: "
+                f"{where}: line {_line(event)} has the tag {quoted(tag)}. Settings have no tags: "
                 "write the value without it, and text between quotes."
             )
 
@@ -100,7 +104,7 @@ def _check_tree(root: yaml.Node, where: str) -> None:
     def size(node: yaml.Node) -> int:
         known = sizes.get(id(node), 0)
         if known is None:
-            raise InputError(f"{where}: line {node.start_mark.line + 1} holds an alias of itself.")
+            raise InputError(f"{where}: line {_line(node)} holds an alias of itself.")
         if known:
             return known
         sizes[id(node)] = None
@@ -113,8 +117,9 @@ def _check_tree(root: yaml.Node, where: str) -> None:
         else:
             _check_scalar(node, where)
         if total > MAX_VALUES:
-            line = node.start_mark.line + 1
-            raise InputError(f"{where}: line {line} stands for more than {MAX_VALUES:,} values, most by its aliases.")
+            raise InputError(
+                f"{where}: line {_line(node)} stands for more than {MAX_VALUES:,} values, most by its aliases."
+            )
         sizes[id(node)] = total
         return total
 
@@ -124,7 +129,7 @@ def _check_tree(root: yaml.Node, where: str) -> None:
 def _check_keys(node: yaml.MappingNode, where: str) -> None:
     seen: dict[str, int] = {}
     for key, _ in node.value:
-        line = key.start_mark.line + 1
+        line = _line(key)
         if key.tag == "tag:yaml.org,2002:merge":
             continue
         if key.tag != "tag:yaml.org,2002:str":
@@ -141,8 +146,6 @@ def _check_keys(node: yaml.MappingNode, where: str) -> None:
 def _check_scalar(node: yaml.Node, where: str) -> None:
     kind, text = node.tag.rpartition(":")[2], str(node.value)
     if kind == "int" and len(text) > LONGEST_INTEGER:
-        raise InputError(
-            f"{where}: line {node.start_mark.line + 1} has a number of {len(text):,} digits, {quoted(text)}."
-        )
+        raise InputError(f"{where}: line {_line(node)} has a number of {len(text):,} digits, {quoted(text)}.")
     if kind == "float" and ("n" in text.lower() or math.isinf(float(text.replace("_", "")))):  # .inf, .nan, 1.0e400
-        raise InputError(f"{where}: line {node.start_mark.line + 1} has {quoted(text)}. Numbers must be finite.")
+        raise InputError(f"{where}: line {_line(node)} has {quoted(text)}. Numbers must be finite.")

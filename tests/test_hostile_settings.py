@@ -69,11 +69,14 @@ def replaced(whole, path, value):
 
 
 def works_or_is_refused(action):
+    """An error of ours is one short paragraph; any other one fails the test."""
+    message = "It works."
     try:
         action()
     except FastcacheError as error:
-        assert len(str(error)) < 2000
-        assert str(error).strip().endswith((".", "?"))
+        message = str(error)
+    assert len(message) < 2000
+    assert message.endswith((".", "?"))
 
 
 @settings(max_examples=300, deadline=None)

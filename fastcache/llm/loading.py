@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from fastcache.assets import DEMO
 from fastcache.cache_format.schema import layer_of
 from fastcache.config import differences
 from fastcache.errors import FastcacheError, InputError, MismatchError, ModelError
-from fastcache.files import fingerprint
+from fastcache.files import fingerprint, read_json
 from fastcache.llm.decoder import Decoder, checkpoint_class, cut_class, decoder_layers, unknown_weights
+from fastcache.llm.model_files import reason_of, require_readable_files, require_sound_config, require_vocabulary
+from fastcache.rundir import RUN_FILE, stored_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +33,13 @@ class ModelSource:
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
+    place: str | None = None
+    """Where the folder is, if it isn't at `name`: a relative path that was said in another directory, or a moved folder."""
 
     @property
     def path(self) -> str:
         """What transformers loads: the hub name or the folder."""
-        return str(DEMO) if self.name == "demo" else self.name
+        return self.place or (str(DEMO) if self.name == "demo" else self.name)
 
     @property
     def is_local(self) -> bool:
@@ -70,33 +73,27 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _clear_errors(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn the errors of loading into one paragraph."""
+def loading_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads `what` into a `ModelError`; only its calls belong inside."""
+    if source.is_local:
+        require_readable_files(Path(source.path), source.name)
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
+    except (FastcacheError, MemoryError):
+        raise
+    except BaseException as error:
+        # Damaged files make libraries raise anything; a panic of Rust, as tokenizers has them, isn't even an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if source.is_local:
-            advice = f"{source.path} is a folder, but not one that transformers can load"
+            advice = f"Get the files in {source.path} again, or correct them"
         else:
             advice = (
                 "It is no folder here, and the hub could not give it: check the name, the network, or `hf auth login`"
             )
-        raise ModelError(f"The {what} of model {source.name!r} can't be loaded. {advice}. ({reason})") from error
-
-
-@contextmanager
-def weight_errors(source: ModelSource, what: str) -> Iterator[None]:
-    """`_clear_errors`, and those of building a model and of converting stored weights to its layout."""
-    try:
-        with _clear_errors(source, what):
-            yield
-    except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
         raise ModelError(
-            f"transformers can't make the {what} of model {source.name!r} into a model. The configuration may be wrong, "
-            f"the files incomplete, or the installed transformers too old for it. ({type(error).__name__}: {reason})"
+            f"The {what} of model {source.name!r} can't be loaded: {reason_of(error)}. {advice}."
         ) from error
 
 
@@ -104,10 +101,11 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     """The model's fast tokenizer; raises `ModelError` if there is none."""
     from transformers import AutoTokenizer
 
-    with _clear_errors(source, "tokenizer"):
+    with loading_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.keywords())
     if not tokenizer.is_fast:
         raise ModelError(f"Model {source.name!r} has no fast tokenizer; fastcache needs one for character offsets.")
+    require_vocabulary(tokenizer, source.name)
     return tokenizer
 
 
@@ -125,7 +123,7 @@ def load_whole_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     source.require_existing()
-    with _clear_errors(source, "configuration"):
+    with loading_errors(source, "configuration"):
         config = AutoConfig.from_pretrained(source.path, **source.keywords())
     if config.is_encoder_decoder:
         raise ModelError(
@@ -141,6 +139,7 @@ def load_config(source: ModelSource) -> Any:
     text = config.get_text_config(decoder=True)
     if quantised := getattr(config, "quantization_config", None):  # stands on the outside of a model with several parts
         text.quantization_config = quantised
+    require_sound_config(text, source.name)
     return text
 
 
@@ -173,7 +172,7 @@ def load_decoder(source: ModelSource, n_kept: int, dtype: torch.dtype, device: s
     config = load_whole_config(source)
     n_layers = config.get_text_config(decoder=True).num_hidden_layers
     cut = cut_class(checkpoint_class(config, source.path, source.trust_remote_code), n_layers, n_kept)
-    with weight_errors(source, "weights"):
+    with loading_errors(source, "weights"):
         model, report = cut.from_pretrained(source.path, config=config, dtype=dtype, **WITH_REPORT, **source.keywords())
     require_complete(report, source)
     unknown = unknown_weights(report["unexpected_keys"], model.omitted, n_layers)
@@ -191,7 +190,7 @@ def load_language_model(source: ModelSource, dtype: torch.dtype, device: str) ->
     config = load_whole_config(source)
     is_wrapper = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = transformers.AutoModelForImageTextToText if is_wrapper else transformers.AutoModelForCausalLM
-    with weight_errors(source, "weights"):
+    with loading_errors(source, "weights"):
         model, report = auto.from_pretrained(source.path, dtype=dtype, **WITH_REPORT, **source.keywords())
     require_complete(report, source)
     return model.to(device).eval()
@@ -221,7 +220,7 @@ def count_parameters(source: ModelSource, n_layers: int | None) -> int:
     config = load_whole_config(source)
     n_all = config.get_text_config(decoder=True).num_hidden_layers
     whole = checkpoint_class(config, source.path, source.trust_remote_code)
-    with weight_errors(source, "configuration"), torch.device("meta"):
+    with loading_errors(source, "configuration"), torch.device("meta"):
         model = whole(config) if n_layers is None else cut_class(whole, n_all, n_layers)(config)
     part = model if n_layers is None else model.get_submodule(model.decoder_path)
     return sum(parameter.numel() for parameter in part.parameters())
@@ -260,7 +259,9 @@ def with_finite_numbers(settings: Any) -> Any:
 
 def model_identity(source: ModelSource, config: Any) -> dict[str, Any]:
     """What tells this model from another: name, revision or weights, and the configuration's hash."""
-    settings = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
+    with loading_errors(source, "configuration"):
+        settings = config.to_diff_dict()
+    settings = {key: value for key, value in settings.items() if key != "transformers_version"}
     identity: dict[str, Any] = {"name": source.name, "config_sha256": fingerprint(with_finite_numbers(settings))}
     if quantised := quantisation(config):
         identity["quantisation"] = quantised
@@ -269,10 +270,27 @@ def model_identity(source: ModelSource, config: Any) -> dict[str, Any]:
     return {**identity, "revision": getattr(config, "_commit_hash", None) or source.revision}
 
 
+def place_of(name: str, output: Path | str) -> str | None:
+    """The folder of the model `name`, by the run.json of an `output` that was made with it; None where that says nothing."""
+    if name == "demo" or "://" in str(output) or Path(name).is_dir():
+        return None
+    try:
+        run = read_json(Path(output) / RUN_FILE)
+    except FastcacheError:
+        return None
+    path = stored_path(run, name, Path(output))
+    return str(path) if path.is_dir() else None
+
+
 def known_model(identity: dict[str, Any], place: str | None, trust_remote_code: bool, what: str) -> ModelSource:
     """The model of this identity, at `place` or by its name; raises `MismatchError` where that is another than `what` is of."""
+    place = place or place_of(identity["name"], what)
     source = ModelSource(place or identity["name"], identity.get("revision"), trust_remote_code)
-    if found := differences({**identity, "name": ""}, {**model_identity(source, load_config(source)), "name": ""}):
+    try:
+        present = model_identity(source, load_config(source))
+    except ModelError as error:
+        raise ModelError(f"{error} Say where the model of {what} is with --model.") from error
+    if found := differences({**identity, "name": ""}, {**present, "name": ""}):
         raise MismatchError(f"{what} is of another model than {source.name!r} ({'; '.join(found)}). Give --model.")
     return source
 

@@ -27,7 +27,7 @@ from fastcache.llm.decoder import (
     residual_stream,
     run_until_enough,
 )
-from fastcache.llm.loading import WITH_REPORT, ModelSource, load_whole_config, require_complete, weight_errors
+from fastcache.llm.loading import WITH_REPORT, ModelSource, load_whole_config, loading_errors, require_complete
 
 
 class Reference:
@@ -81,7 +81,7 @@ def _auto_class(config: Any) -> Any:
 
 def _load(model_class: Any, source: ModelSource, **keywords: Any) -> Any:
     """The float32 model; raises `ModelError` if a weight of it is missing, but for an LM head, which isn't run."""
-    with weight_errors(source, "weights"):
+    with loading_errors(source, "weights"):
         model, report = model_class.from_pretrained(
             source.path, dtype=torch.float32, **WITH_REPORT, **source.keywords(), **keywords
         )
@@ -126,7 +126,7 @@ class _InStep:
     def __init__(self, source: ModelSource, config: Any) -> None:
         self._source, self._config = source, config
         self._n_layers = config.get_text_config(decoder=True).num_hidden_layers
-        with weight_errors(source, "configuration"), torch.device("meta"):
+        with loading_errors(source, "configuration"), torch.device("meta"):
             outline = _auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
         self._class = type(outline)
         self._loaded: _LoadedLayer | None = None

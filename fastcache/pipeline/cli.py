@@ -95,9 +95,9 @@ def main(arguments: list[str] | None = None, **_extra: Any) -> None:
         click.echo(f"\nInterrupted. What is finished is kept; to resume, run:\n  {resume}", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
-        error.message = printable(shortened(error.message, LONGEST_MESSAGE))
-        error.show()
-        sys.exit(EXIT_USER_ERROR)
+        if isinstance(error, click.UsageError) and error.ctx:
+            click.echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n", err=True)
+        fail(error.format_message())
     except FastcacheError as error:
         fail(str(error))
     except OSError as error:

@@ -23,7 +23,7 @@ from fastcache.cache_format.storage import Storage, open_storage
 from fastcache.config import as_dict, differences, from_mapping
 from fastcache.errors import InputError, MismatchError, ModelError, NonFiniteError
 from fastcache.files import readable_json
-from fastcache.llm.loading import ModelSource, check_layers, load_config, model_identity
+from fastcache.llm.loading import ModelSource, check_layers, load_config, model_identity, place_of
 from fastcache.progress import Progress
 from fastcache.rundir import RUN_FILE
 from fastcache.stages.extract.compute import Worker
@@ -53,7 +53,7 @@ def add_layers(root: Path | str, given: AddLayerConfig, progress: Progress, forc
             _note_layers(storage, run, manifest)
             return Cache(storage)
         _require_addable(storage, manifest, hooks)
-        _add(storage, _use(config, given, manifest, hooks), manifest, progress, force)
+        _add(storage, _use(config, given, manifest, hooks, root), manifest, progress, force)
         _note_layers(storage, run, load_manifest(storage))
         return Cache(storage)
 
@@ -82,9 +82,11 @@ def _require_addable(storage: Storage, manifest: Manifest, hooks: list[str]) -> 
         )
 
 
-def _use(config: ExtractConfig, given: AddLayerConfig, manifest: Manifest, hooks: list[str]) -> ModelUse:
+def _use(
+    config: ExtractConfig, given: AddLayerConfig, manifest: Manifest, hooks: list[str], root: Path | str
+) -> ModelUse:
     """The model of the cache at the new hook points; raises `MismatchError` if that has changed."""
-    source = ModelSource(config.model, config.revision, config.trust_remote_code)
+    source = ModelSource(config.model, config.revision, config.trust_remote_code, place_of(config.model, root))
     llm_config = load_config(source)
     check_layers(llm_config, hooks, source, "--add-layer")
     if found := differences(manifest.identity["model"], model_identity(source, llm_config), "model"):

@@ -52,10 +52,12 @@ class ExtractConfig:
         choices=("auto", "transformers", "vllm"),
         help="What runs the model: vllm (extra `vllm`) or transformers; auto says which and why.",
     )
-    tensor_parallel: int = option(1, help="With vllm: devices that share one copy of the model.", at_least=1)
+    tensor_parallel: int = option(
+        1, help="With vllm: devices that share one copy of the model.", at_least=1, at_most=1024
+    )
     device: str | None = option(None, help="Device of the model. Default: cuda where there is one, else cpu.")
     workers: int | None = option(
-        None, help="Worker processes, each with a model. Default: one for each of --devices.", at_least=1
+        None, help="Worker processes, each with a model. Default: one for each of --devices.", at_least=1, at_most=1024
     )
     devices: tuple[str, ...] = option((), help="Devices of the workers, in turn, such as cuda:1. Repeatable.")
     on_nonfinite: str = option(
@@ -84,5 +86,5 @@ class AddLayerConfig:
     )
     device: str | None = option(None, help="See `ExtractConfig`.")
     devices: tuple[str, ...] = option((), help="See `ExtractConfig`.")
-    workers: int | None = option(None, help="See `ExtractConfig`.", at_least=1)
+    workers: int | None = option(None, help="See `ExtractConfig`.", at_least=1, at_most=1024)
     parity: int | None = option(None, help="See `ExtractConfig`.", at_least=0)

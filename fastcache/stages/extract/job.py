@@ -19,6 +19,7 @@ from fastcache.llm.loading import (
     require_chat_template,
     tokenizer_identity,
 )
+from fastcache.llm.model_files import require_known_tokens
 from fastcache.stages.extract.compute import Worker
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.model_use import ModelUse
@@ -69,11 +70,16 @@ class Job:
         return next(((name, token) for name, token in candidates.items() if token is not None), ("none", None))
 
     def items(self) -> Iterator[Item]:
-        """The stream of sequences, from its beginning."""
+        """The stream of sequences, from its beginning; raises `ModelError` at a token that the model doesn't know."""
         rows = self.corpus.rows(self.config.split)
         if self.config.method == "fast":
-            return fast_items(rows, self._tokenizer(), self.max_length)
-        return block_items(rows, self._tokenizer(), self.block_size, self.separator[1], self.config.tokens)
+            items = fast_items(rows, self._tokenizer(), self.max_length)
+        else:
+            items = block_items(rows, self._tokenizer(), self.block_size, self.separator[1], self.config.tokens)
+        for item in items:
+            if item.instance:
+                require_known_tokens(item.instance.token_ids, self.llm_config, self.source.name)
+            yield item
 
     def _tokenizer(self) -> Tokenize:
         if self.config.method == "bt-p":
@@ -119,9 +125,12 @@ class Job:
         }
 
 
-def make_job(config: ExtractConfig, find_corpus: Callable[[], Path]) -> Job:
-    """Find model, tokenizer and corpus, and check that they go together; raises `ModelError`, `InputError`."""
-    source = ModelSource(config.model, config.revision, config.trust_remote_code)
+def make_job(config: ExtractConfig, find_corpus: Callable[[], Path], model_place: str | None = None) -> Job:
+    """Find model, tokenizer and corpus, and check that they go together; raises `ModelError`, `InputError`.
+
+    `model_place` is where the folder of the model is, if it isn't where the settings say.
+    """
+    source = ModelSource(config.model, config.revision, config.trust_remote_code, model_place)
     llm_config, tokenizer = load_config(source), load_tokenizer(source)
     check_layers(llm_config, [hook_point(layer) for layer in config.layer], source)
     if config.method != "bt-p":

@@ -46,7 +46,7 @@ def _begin(storage: ObjectStorage, settings: dict[str, Any], fresh: bool) -> Non
             return
         for name in OWNED:
             storage.remove(name)
-    storage.write(RUN_FILE, readable_json(new_run("extract", settings)))
+    storage.write(RUN_FILE, readable_json(new_run("extract", settings, storage.url)))
 
 
 def run_of(storage: Storage) -> dict[str, Any]:

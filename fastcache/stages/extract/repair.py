@@ -16,9 +16,10 @@ from fastcache.cache_format.verify_part import Finding
 from fastcache.cache_format.writer import CacheWriter, groups
 from fastcache.config import differences, from_mapping
 from fastcache.corpus import CORPUS_FILE
-from fastcache.errors import FastcacheError, FormatError, InputError, IntegrityError, MismatchError
+from fastcache.errors import FastcacheError, FormatError, InputError, IntegrityError, MismatchError, ModelError
+from fastcache.llm.loading import place_of
 from fastcache.progress import Progress
-from fastcache.rundir import RUN_FILE
+from fastcache.rundir import RUN_FILE, stored_path
 from fastcache.stages.extract.compute import as_committed, compute_part
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.job import Job, make_job
@@ -26,13 +27,20 @@ from fastcache.stages.extract.output import cache_output, run_of
 from fastcache.stages.extract.run import finish
 
 
-def repair(root: Path | str, progress: Progress, corpus: str | None = None, device: str | None = None) -> list[int]:
+def repair(
+    root: Path | str,
+    progress: Progress,
+    corpus: str | None = None,
+    device: str | None = None,
+    model: str | None = None,
+) -> list[int]:
     """Verify the cache at `root`, a folder or an address, and mend what is wrong; returns the parts computed again.
 
-    `corpus` is where the corpus is now, if it was moved. Raises `InputError` for what can't be mended, `MismatchError`
-    if model or corpus are not those that the cache was made from.
+    `corpus` and `model` are where these are now, if they were moved. Raises `InputError` for what can't be mended,
+    `ModelError` without the model, `MismatchError` if model or corpus are not those that the cache was made from.
     """
-    settings = run_of(open_storage(root))["settings"]
+    run = run_of(open_storage(root))
+    settings = run["settings"]
     with cache_output(root, settings, fresh=False) as storage:
         problems = _problems(storage, progress)
         if not problems:
@@ -48,7 +56,8 @@ def repair(root: Path | str, progress: Progress, corpus: str | None = None, devi
         ]
         if todo or doubtful:
             config = from_mapping(ExtractConfig, settings, RUN_FILE)
-            job = _job(config, manifest, corpus, device)
+            where = Path(corpus) if corpus else stored_path(run, config.corpus or "", root)
+            job = _job(config, manifest, where, device, model or place_of(config.model, root))
             with CacheWriter(storage, Manifest(job.identity()), replace=todo) as writer:
                 for finding in problems:
                     if finding.part is not None and finding.file == LOG_FILE:
@@ -107,20 +116,22 @@ def _damaged(storage: Storage, manifest: Manifest, problems: list[Finding]) -> s
     return damaged | (expected - {record.index for record in Log(storage).records})
 
 
-def _job(config: ExtractConfig, manifest: Manifest, corpus: str | None, device: str | None) -> Job:
+def _job(config: ExtractConfig, manifest: Manifest, corpus: Path, device: str | None, model: str | None) -> Job:
     """The job that made the cache; raises `MismatchError` if it would make another one now."""
-    place = Path(corpus or config.corpus or "")
-    if not (place / CORPUS_FILE).is_file():
-        raise InputError(f"The corpus of the cache is not at {place}. Say where it is with --corpus.")
+    if not (corpus / CORPUS_FILE).is_file():
+        raise InputError(f"The corpus of the cache is not at {corpus.absolute()}. Say where it is with --corpus DIR.")
     # A model that ran in bfloat16 because there was a GPU must do so again.
     model_dtype = manifest.identity.get("model_dtype", config.model_dtype)
     backend = manifest.identity.get("backend", "transformers")
     config = replace(config, model_dtype=model_dtype, backend=backend, device=device or config.device)
-    job = make_job(config, lambda: place)
+    try:
+        job = make_job(config, lambda: corpus, model)
+    except ModelError as error:
+        raise ModelError(f"{error} Say where the model of the cache is with --model DIR.") from error
     if found := differences(manifest.identity, job.identity()):
         raise MismatchError(
             f"Model or corpus are not those that the cache was made from ({'; '.join(found)}); nothing was computed. "
-            "Repair it where they are, or say with --corpus where the corpus is now."
+            "Repair it where they are, or say with --corpus and --model where they are now."
         )
     return job
 

@@ -17,10 +17,15 @@ class InterpretConfig(Settings):
     allow_train: bool = option(False, help="Accept a cache of training rows: what is found is then not held out.")
     max_instances: int = option(10_000, help="Dialogues to look at, from the beginning of the cache.", at_least=1)
     top: int = option(
-        10, help="Contexts with the highest activation to keep of each latent, each of another dialogue.", at_least=1
+        10,
+        help="Contexts with the highest activation to keep of each latent, each of another dialogue.",
+        at_least=1,
+        at_most=10_000,
     )
-    window: int = option(16, help="Tokens to keep on each side of a context's token.", at_least=0)
-    neighbours: int = option(5, help="Latents with the most similar decoder rows to give for each.", at_least=0)
+    window: int = option(16, help="Tokens to keep on each side of a context's token.", at_least=0, at_most=10_000)
+    neighbours: int = option(
+        5, help="Latents with the most similar decoder rows to give for each.", at_least=0, at_most=10_000
+    )
     unembedding: bool = option(
         False, help="Also load the model, for the output tokens that each latent promotes and suppresses."
     )
@@ -66,10 +71,12 @@ class JudgeConfig(Settings):
         False, help="Also score how well the judge, by the name it gave, tells contexts with the latent from others."
     )
     seed: int = option(42, help="Seed of what is drawn.", at_least=0)
-    max_answer_tokens: int = option(512, help="Tokens of an answer, at most.", at_least=1)
-    concurrency: int = option(8, help="Requests at a time.", at_least=1)
-    retries: int = option(5, help="How often a request that failed for the time being is sent again.", at_least=0)
-    timeout: float = option(120.0, help="Seconds to wait for an answer.", at_least=0.001)
+    max_answer_tokens: int = option(512, help="Tokens of an answer, at most.", at_least=1, at_most=2**31)
+    concurrency: int = option(8, help="Requests at a time.", at_least=1, at_most=1024)
+    retries: int = option(
+        5, help="How often a request that failed for the time being is sent again.", at_least=0, at_most=100
+    )
+    timeout: float = option(120.0, help="Seconds to wait for an answer.", at_least=0.001, at_most=1e6)
     price_in: float | None = option(None, help="Price of a million tokens of prompts, for the cost.", at_least=0)
     price_out: float | None = option(None, help="Price of a million tokens of answers, for the cost.", at_least=0)
     max_cost: float | None = option(

@@ -11,7 +11,7 @@ from fastcache.cache_format.schema import TOKEN_SETS, token_sets
 from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.files import fingerprint, write_bytes_atomic, write_json_atomic
-from fastcache.llm.loading import ModelSource, known_model, known_tokenizer, load_language_model
+from fastcache.llm.loading import ModelSource, known_model, known_tokenizer, load_language_model, place_of
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.architectures import Sae
@@ -56,7 +56,9 @@ def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: boo
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return
         collected = _collect(config, cache, sae.to(device), info["hook_point"], out / STATE_FILE, progress)
-        tokenizer = known_tokenizer(identity, config.model, config.trust_remote_code)
+        tokenizer = known_tokenizer(
+            identity, config.model or place_of(identity["name"], cache.path), config.trust_remote_code
+        )
         if tokenizer is None:
             progress.say(
                 "The model's tokenizer isn't at hand (--model says where it is): tokens are shown by their numbers."

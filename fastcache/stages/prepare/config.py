@@ -21,7 +21,9 @@ class PrepareConfig:
     recipe: str | None = option(None, choices=("fast-paper",), help="The paper's five sets, in its order.")
     column: str | None = option(None, help="Column to read; found by itself where it has a known name.")
     split_name: str = option("train", help="Split to read of a data set on the hub.")
-    ngram: int = option(20, help="Length of the n-grams of the deduplication; 0 turns it off.", at_least=0)
+    ngram: int = option(
+        20, help="Length of the n-grams of the deduplication; 0 turns it off.", at_least=0, at_most=10_000
+    )
     unit: str = option("word", choices=("word", "character"), help="Unit of the n-grams.")
     lowercase: bool = option(False, help="Compare n-grams without regard to case.")
     ngram_system: bool = option(False, help="Count system turns in: a shared system prompt makes all rows duplicates.")
@@ -46,5 +48,5 @@ class PrepareConfig:
     max_rows: int = option(0, help="Read at most so many rows of each source; 0 reads all.", at_least=0)
     seed: int = option(42, help="Seed of the permutation.", at_least=0)
     strict: bool = option(False, help="Stop at the first malformed row instead of counting it.")
-    workers: int = option(0, help="Processes; 0 takes one a core.", at_least=0)
-    memory_gib: float = option(4.0, help="Memory that all processes together may take.", at_least=1e-6)
+    workers: int = option(0, help="Processes; 0 takes one a core.", at_least=0, at_most=1024)
+    memory_gib: float = option(4.0, help="Memory that all processes together may take.", at_least=1e-6, at_most=1e9)

@@ -32,4 +32,5 @@ class ReportConfig(Settings):
         None,
         help="Write the page anew every so many seconds, and let it reload itself, until all runs are done.",
         at_least=1,
+        at_most=1e6,
     )

@@ -29,7 +29,7 @@ class SteerConfig(Settings):
     prompt: tuple[str, ...] = option((), help="What the user says. Repeatable.")
     prompts: str | None = option(None, help="Text file with a prompt a line.")
     system: str | None = option(None, help="A system turn before the prompt.")
-    max_new_tokens: int = option(128, help="Tokens to generate, at most.", at_least=1)
+    max_new_tokens: int = option(128, help="Tokens to generate, at most.", at_least=1, at_most=2**20)
     temperature: float = option(0.0, help="0 takes the most likely token.", at_least=0)
     seed: int = option(42, help="Seed, where the temperature isn't 0.", at_least=0)
     model: str | None = option(
@@ -71,5 +71,5 @@ class FindConfig(Settings):
     cache: str = option(help="Cache of dialogues, such as of `fastcache extract --split steer`; method fast.")
     allow_train: bool = option(False, help="Accept a cache of training rows: what is found is then not held out.")
     max_instances: int = option(1000, help="Dialogues to look at, from the beginning of the cache.", at_least=1)
-    top: int = option(5, help="Latents to give for each special token.", at_least=1)
+    top: int = option(5, help="Latents to give for each special token.", at_least=1, at_most=10_000)
     device: str | None = option(None, help="Device. Default: cuda where there is one, else cpu.")

@@ -13,7 +13,7 @@ from fastcache.cache_format.reader import Cache
 from fastcache.cache_format.schema import select
 from fastcache.devices import choose_device
 from fastcache.files import keep_earlier, write_bytes_atomic
-from fastcache.llm.loading import known_tokenizer
+from fastcache.llm.loading import known_tokenizer, place_of
 from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.of_cache import load_sae_of, open_held_out
@@ -82,7 +82,8 @@ def _means(cache: Cache, sae: Sae, hook_point: str, n_instances: int, progress: 
 
 def _texts(tokens: list[int], cache: Cache) -> list[str]:
     """How the tokenizer writes the tokens; their numbers where it isn't at hand."""
-    tokenizer = known_tokenizer(cache.manifest.identity["model"])
+    identity = cache.manifest.identity["model"]
+    tokenizer = known_tokenizer(identity, place_of(identity["name"], cache.path))
     if tokenizer is None:
         return [str(token) for token in tokens]
     return [str(text) for text in tokenizer.convert_ids_to_tokens(tokens)]

@@ -22,6 +22,7 @@ from fastcache.sae.storage import load_sae
 from fastcache.stages.steer.config import Setting, SteerConfig, settings_of
 from fastcache.stages.steer.generators import open_generator
 from fastcache.stages.steer.measures import repetition
+from fastcache.text_files import read_text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,10 +38,8 @@ def read_prompts(config: SteerConfig) -> list[str]:
     """The prompts, of the options and then of the file; raises `InputError` where there is none."""
     lines: list[str] = []
     if config.prompts:
-        path = Path(config.prompts)
-        if not path.is_file():
-            raise InputError(f"--prompts {path}: there is no such file.")
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        text = read_text_file(Path(config.prompts), "--prompts")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not (*config.prompt, *lines):
         raise InputError("Steering needs a prompt: --prompt TEXT, or --prompts FILE with one a line.")
     return [*config.prompt, *lines]

@@ -131,7 +131,7 @@ class TrainConfig(Settings):
         help="At a damaged unit of the cache: stop, or leave its rows out and count them.",
     )
     checkpoint_every: int = option(5000, help="Steps between checkpoints.", at_least=1)
-    keep_checkpoints: int = option(2, help="How many checkpoints are kept, the newest.", at_least=1)
+    keep_checkpoints: int = option(2, help="How many checkpoints are kept, the newest.", at_least=1, at_most=10_000)
     log_every: int = option(50, help="Steps between lines of the metrics log.", at_least=1)
 
     @property

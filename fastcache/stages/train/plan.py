@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from fastcache.cache_format.schema import STORED_DTYPES
+from fastcache.errors import SpaceError
+from fastcache.memory import free_memory
 from fastcache.stages.train.config import TrainConfig
 from fastcache.stages.train.recipe import Recipe
 from fastcache.stages.train.task import Task, prepare_task
@@ -75,6 +77,19 @@ def member_bytes(recipe: Recipe) -> int:
     return _sae_bytes(recipe) + _step_bytes(recipe)
 
 
+def require_memory(task: Task) -> None:
+    """Raise `SpaceError` for an SAE whose parameters and optimiser, with the buffer, the free memory can't hold.
+
+    What a step needs besides is an estimate, so it isn't counted here. GPUs say themselves what they lack.
+    """
+    free, needed = free_memory(), buffer_bytes(task) + (_sae_bytes(task.recipe) if task.device == "cpu" else 0)
+    if free is not None and needed > free:
+        raise SpaceError(
+            f"Training needs at least {needed / 1e9:,.3g} GB of memory, and {free / 1e9:,.3g} GB are free. Lower --expansion "
+            "or --buffer-tokens. Nothing was written."
+        )
+
+
 def _sparsity(recipe: Recipe) -> str:
     if recipe.k is not None:
         return f", k {recipe.k}"
@@ -90,6 +105,7 @@ def _duration(seconds: float) -> str:
 def make_plan(config: TrainConfig) -> Plan:
     """Check the settings as `train` does, and find what the run will take; raises what `train` would."""
     task = prepare_task(config)
+    require_memory(task)
     recipe, cache = task.recipe, task.cache
     stored = np.dtype(STORED_DTYPES[cache.manifest.dtype]).itemsize
     passes = recipe.steps * recipe.batch_size / task.selection.n_kept

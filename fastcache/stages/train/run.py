@@ -15,6 +15,7 @@ from fastcache.sae.storage import load_sae
 from fastcache.stages.train.checkpoint import checkpoint_steps, load_checkpoint
 from fastcache.stages.train.config import TrainConfig
 from fastcache.stages.train.member import Member
+from fastcache.stages.train.plan import require_memory
 from fastcache.stages.train.recipe import FAST_PAPER, Recipe
 from fastcache.stages.train.selection import Selection
 from fastcache.stages.train.task import FAILED_FILE, prepare_task, to_tensor
@@ -29,6 +30,8 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
     Raises `InputError` for a cache that can't serve, `MismatchError` if `out` was begun otherwise, `NonFiniteError`.
     """
     task = prepare_task(config)
+    if not (out / INFO_FILE).exists():
+        require_memory(task)
     with task.output(out, progress, fresh):
         if (out / INFO_FILE).exists():
             progress.say(f"{out} is trained; nothing to do (--fresh starts over).")

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from fastcache.errors import FormatError, InputError
+from fastcache.errors import FormatError, InputError, quoted
 from fastcache.files import parse_json
+from fastcache.text_files import require_regular_file
 
 MOST_TOKENS = 2**40
 TOKENS = ("prompt_tokens", "completion_tokens")
@@ -39,8 +40,7 @@ def read_answers(path: Path, known: set[str]) -> dict[str, str]:
 
     Raises `InputError`, and takes none, where a line is neither or answers no prompt of `known`. Failed ones are left out.
     """
-    if not path.is_file():
-        raise InputError(f"--answers {path}: there is no such file.")
+    require_regular_file(path, "--answers")
     found: dict[str, str] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
@@ -60,7 +60,7 @@ def _read(line: bytes, where: str, known: set[str]) -> tuple[str, str | None]:
         raise InputError(f"{where}: {error}. Nothing was taken from the file.") from error
     if name not in known:
         raise InputError(
-            f"{where} answers {name!r}, which is no prompt of these latents. Nothing was taken from the file."
+            f"{where} answers {quoted(name)}, which is no prompt of these latents. Nothing was taken from the file."
         )
     return name, text
 
