@@ -26,6 +26,19 @@ LLAMA_TEMPLATE = (
 )
 
 
+LONG_TEST_SECONDS, VLLM_TEST_SECONDS = 3600, 1200
+
+
+def pytest_collection_modifyitems(items):
+    """Every test has a time limit (`timeout` in pyproject.toml); for those that take long it is longer."""
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            if item.get_closest_marker("long") is not None:
+                item.add_marker(pytest.mark.timeout(LONG_TEST_SECONDS))
+            elif "with_vllm" in item.path.parts:  # engines take minutes to start
+                item.add_marker(pytest.mark.timeout(VLLM_TEST_SECONDS))
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Not the session's: while it runs, this thread has an event loop, and whoever wants one of their own is refused."""
@@ -236,3 +249,62 @@ def tree_bytes(root: Path) -> dict[str, bytes]:
         for path in files
         if path.name not in ("run.json", "status.json", ".lock")
     }
+
+
+@pytest.fixture(scope="session")
+def command_inputs(chat_file, tiny_qwen, chat_corpus, small_cache, held_out_cache, latents, tmp_path_factory):
+    """What the commands of `commands.py` read."""
+    import shutil
+
+    from commands import Inputs
+    from judge_server import serve
+    from judging import KEY, good
+
+    from fastcache.pipeline.cli import main
+
+    folder = tmp_path_factory.mktemp("inputs")
+    sae = folder / "sae"
+    options = [
+        "--layer",
+        "1",
+        "--arch",
+        "topk",
+        "--k",
+        "4",
+        "--expansion",
+        "2",
+        "--tokens",
+        "640",
+        "--batch-size",
+        "32",
+    ]
+    main(["train", "--cache", str(small_cache), *options, "--buffer-tokens", "300", "--out", str(sae)])
+    shutil.copytree(latents, folder / "latents")
+    with serve(good) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        options = ["--judge-url", server.url, "--judge-model", "scripted", "--count", "2"]
+        main(["interpret", "judge", "--latents", str(folder / "latents"), *options])
+        given = (chat_file, tiny_qwen, chat_corpus, small_cache, held_out_cache, sae, folder / "latents")
+        yield Inputs(*given, server.url)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(command_inputs, tmp_path_factory):
+    """A function that runs a command of `commands.py` once; returns its files and the recorder of its changes."""
+    from commands import COMMANDS, files_of
+    from recorder import Recorder
+
+    from fastcache.pipeline.cli import main
+
+    done = {}
+
+    def run(name):
+        if name not in done:
+            command, folder = COMMANDS[name], tmp_path_factory.mktemp("undisturbed")
+            command.before(command_inputs, folder)
+            with Recorder(folder) as recorder:
+                main([str(word) for word in command.words(command_inputs, folder)])
+            done[name] = files_of(folder, command), recorder
+        return done[name]
+
+    return run

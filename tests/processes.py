@@ -1,7 +1,9 @@
 """Processes to be killed. They are forked off one that has imported what they need, which takes longer than what they do."""
 
 import os
+import signal
 import time
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 forks = get_context("forkserver")
@@ -19,6 +21,26 @@ forks.set_forkserver_preload(
         "transformers.models.qwen2.modeling_qwen2",
     ]
 )
+
+
+@contextmanager
+def hearing_ctrl_c():
+    """What is started in the block hears Ctrl-C, also where the tests run in the background of a script and ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def ignoring_ctrl_c():
+    """What is started in the block ignores Ctrl-C, as if a script had started it in the background."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def start(function, *arguments):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import run_extract, tree_bytes
-from processes import kill, n_lines, start_command, wait_for
+from processes import hearing_ctrl_c, kill, n_lines, start_command, wait_for
 
 import fastcache
 from fastcache.errors import BusyError
@@ -127,7 +127,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(small_cache, undisturbed, tmp_path)
     arguments = ("train", "--cache", str(small_cache), *TRAIN, "--out", str(out))
     code = "from fastcache.pipeline.cli import main; main()"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], **pipes)
+    with hearing_ctrl_c():
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], **pipes)
     while n_lines(out / "metrics.jsonl") < 2 and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
