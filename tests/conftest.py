@@ -290,8 +290,8 @@ def command_inputs(chat_file, tiny_qwen, chat_corpus, small_cache, held_out_cach
 
 @pytest.fixture(scope="session")
 def undisturbed(command_inputs, tmp_path_factory):
-    """A function that runs a command of `commands.py` once; returns its files and the recorder of its changes."""
-    from commands import COMMANDS, files_of
+    """A function that runs a command of `commands.py` once; returns what it leaves."""
+    from commands import COMMANDS, Undisturbed, files_of, sizes_of
     from recorder import Recorder
 
     from fastcache.pipeline.cli import main
@@ -302,9 +302,12 @@ def undisturbed(command_inputs, tmp_path_factory):
         if name not in done:
             command, folder = COMMANDS[name], tmp_path_factory.mktemp("undisturbed")
             command.before(command_inputs, folder)
+            before = files_of(folder, command)
             with Recorder(folder) as recorder:
                 main([str(word) for word in command.words(command_inputs, folder)])
-            done[name] = files_of(folder, command), recorder
+            files, sizes = files_of(folder, command), sizes_of(folder)
+            written = {name: sizes[name] for name, data in files.items() if data != before.get(name)}
+            done[name] = Undisturbed(files, written, recorder)
         return done[name]
 
     return run

@@ -57,12 +57,12 @@ class Changes:
 
 
 def _path_of(descriptor):
-    return os.readlink(f"/proc/self/fd/{descriptor}")
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
 def _absolute(path, folder=-1):
-    path = os.fsdecode(path)
-    return os.path.join(_path_of(folder), path) if folder not in (-1, None) else os.path.abspath(path)
+    base = Path.cwd() if folder in (-1, None) else Path(_path_of(folder))
+    return str(base / os.fsdecode(path))
 
 
 def _hook(event, arguments):
