@@ -173,3 +173,4 @@ class Undisturbed(NamedTuple):
     sizes: dict[str, int]
     """Bytes of the files that it wrote."""
     recorder: Any
+    seconds: float

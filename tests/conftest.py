@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -303,11 +304,12 @@ def undisturbed(command_inputs, tmp_path_factory):
             command, folder = COMMANDS[name], tmp_path_factory.mktemp("undisturbed")
             command.before(command_inputs, folder)
             before = files_of(folder, command)
+            begun = time.monotonic()
             with Recorder(folder) as recorder:
                 main([str(word) for word in command.words(command_inputs, folder)])
             files, sizes = files_of(folder, command), sizes_of(folder)
             written = {name: sizes[name] for name, data in files.items() if data != before.get(name)}
-            done[name] = Undisturbed(files, written, recorder)
+            done[name] = Undisturbed(files, written, recorder, time.monotonic() - begun)
         return done[name]
 
     return run
