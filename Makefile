@@ -62,7 +62,7 @@ $(INTEROP)/.develops: constraints-interop.txt pyproject.toml
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt $(TORCH)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt $(TORCH) \
-		--editable . sae-lens pytest hypothesis einops
+		--editable . sae-lens pytest pytest-timeout hypothesis einops
 	# without its dependencies, most of which are for models: the tests need its trainers only
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
 	touch $@

@@ -1,10 +1,11 @@
 """What a disk that is full or fails says, in our words, whichever library was writing."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 
 from fastcache.errors import FastcacheError, SpaceError, StorageError
@@ -33,7 +34,7 @@ def disk_errors(path: str | PathLike[str], kept: str = KEPT) -> Iterator[None]:
     A full disk, an exhausted quota and a limit on the size of files become a `SpaceError`, anything else a
     `StorageError`. `kept` says what is safe and what to do next. Errors that name a file in another folder pass.
     """
-    where = fspath(path)
+    where = os.fspath(path)
     try:
         yield
     except FastcacheError:
@@ -50,7 +51,7 @@ def disk_errors(path: str | PathLike[str], kept: str = KEPT) -> Iterator[None]:
 def disk_error(error: BaseException, where: str, kept: str = KEPT) -> SpaceError | StorageError:
     """Our error for `error`, which a library or the system raised while `where` was written."""
     number = error_number(error)
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = str(error) if number is None else os.strerror(number)
     if number in NO_SPACE:
         limit = " or a limit on the size of files is reached" if number == errno.EFBIG else ""
         return SpaceError(

@@ -194,10 +194,10 @@ def new_folder(final: Path) -> Iterator[Path]:
         folder.mkdir()
         try:
             yield folder
+            publish_folder(folder, final)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        publish_folder(folder, final)
 
 
 @contextmanager

@@ -15,12 +15,16 @@ class Interrupt:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Hold back the first Ctrl-C and note it; a second one interrupts at once."""
+    """Hold back the first Ctrl-C and note it; a second one interrupts at once.
+
+    Where a script has it ignored, as shells do for what they start in the background, it stays ignored.
+    """
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    previous = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    if not in_main_thread or previous is signal.SIG_IGN:
         yield interrupt
         return
-    previous = signal.getsignal(signal.SIGINT)
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         interrupt.requested = True

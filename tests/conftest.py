@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,19 @@ LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
 )
+
+
+LONG_TEST_SECONDS, VLLM_TEST_SECONDS = 3600, 1200
+
+
+def pytest_collection_modifyitems(items):
+    """Every test has a time limit (`timeout` in pyproject.toml); for those that take long it is longer."""
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            if item.get_closest_marker("long") is not None:
+                item.add_marker(pytest.mark.timeout(LONG_TEST_SECONDS))
+            elif "with_vllm" in item.path.parts:  # engines take minutes to start
+                item.add_marker(pytest.mark.timeout(VLLM_TEST_SECONDS))
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +250,66 @@ def tree_bytes(root: Path) -> dict[str, bytes]:
         for path in files
         if path.name not in ("run.json", "status.json", ".lock")
     }
+
+
+@pytest.fixture(scope="session")
+def command_inputs(chat_file, tiny_qwen, chat_corpus, small_cache, held_out_cache, latents, tmp_path_factory):
+    """What the commands of `commands.py` read."""
+    import shutil
+
+    from commands import Inputs
+    from judge_server import serve
+    from judging import KEY, good
+
+    from fastcache.pipeline.cli import main
+
+    folder = tmp_path_factory.mktemp("inputs")
+    sae = folder / "sae"
+    options = [
+        "--layer",
+        "1",
+        "--arch",
+        "topk",
+        "--k",
+        "4",
+        "--expansion",
+        "2",
+        "--tokens",
+        "640",
+        "--batch-size",
+        "32",
+    ]
+    main(["train", "--cache", str(small_cache), *options, "--buffer-tokens", "300", "--out", str(sae)])
+    shutil.copytree(latents, folder / "latents")
+    with serve(good) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        options = ["--judge-url", server.url, "--judge-model", "scripted", "--count", "2"]
+        main(["interpret", "judge", "--latents", str(folder / "latents"), *options])
+        given = (chat_file, tiny_qwen, chat_corpus, small_cache, held_out_cache, sae, folder / "latents")
+        yield Inputs(*given, server.url)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(command_inputs, tmp_path_factory):
+    """A function that runs a command of `commands.py` once; returns what it leaves."""
+    from commands import COMMANDS, Undisturbed, files_of, sizes_of
+    from recorder import Recorder
+
+    from fastcache.pipeline.cli import main
+
+    done = {}
+
+    def run(name):
+        if name not in done:
+            command, folder = COMMANDS[name], tmp_path_factory.mktemp("undisturbed")
+            command.before(command_inputs, folder)
+            before = files_of(folder, command)
+            begun = time.monotonic()
+            with Recorder(folder) as recorder:
+                main([str(word) for word in command.words(command_inputs, folder)])
+            files, sizes = files_of(folder, command), sizes_of(folder)
+            written = {name: sizes[name] for name, data in files.items() if data != before.get(name)}
+            done[name] = Undisturbed(files, written, recorder, time.monotonic() - begun)
+        return done[name]
+
+    return run

@@ -1,17 +1,33 @@
 """Processes to be killed. They are forked off one that has imported what they need, which takes longer than what they do."""
 
+import gc
+import io
 import os
+import signal
 import time
+import traceback
+from contextlib import contextmanager, redirect_stderr
 from multiprocessing import get_context
 
 forks = get_context("forkserver")
 forks.set_forkserver_preload(
     [
+        "fastcache.pipeline.commands.dashboard",
+        "fastcache.pipeline.commands.evaluate",
+        "fastcache.pipeline.commands.export",
         "fastcache.pipeline.commands.extract",
+        "fastcache.pipeline.commands.interpret",
+        "fastcache.pipeline.commands.prepare",
         "fastcache.pipeline.commands.repair",
+        "fastcache.pipeline.commands.report",
+        "fastcache.pipeline.commands.steer",
         "fastcache.pipeline.commands.train",
         "fastcache.stages.extract.add_layer",
         "fastcache.stages.extract.repair",
+        "fastcache.stages.extract.run",
+        "fastcache.stages.interpret.run",
+        "fastcache.stages.prepare.run",
+        "fastcache.stages.steer.run",
         "fastcache.stages.train.sweep",
         "pyarrow.dataset",
         "pytest",  # where it is the main module, each process imports it
@@ -19,6 +35,26 @@ forks.set_forkserver_preload(
         "transformers.models.qwen2.modeling_qwen2",
     ]
 )
+
+
+@contextmanager
+def hearing_ctrl_c():
+    """What is started in the block hears Ctrl-C, also where the tests run in the background of a script and ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def ignoring_ctrl_c():
+    """What is started in the block ignores Ctrl-C, as if a script had started it in the background."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def start(function, *arguments):
@@ -44,6 +80,35 @@ def _main(words):
     from fastcache.pipeline.cli import main
 
     main(words)
+
+
+def run_to_its_end(words, before=None, *arguments):
+    """Run a command of our command line in a process; returns its exit code and what it said on standard error.
+
+    `before`, of a module, is called first, with the arguments: it may set limits for the process.
+    """
+    mine, theirs = forks.Pipe(duplex=False)
+    process = start(_run_and_tell, theirs, [str(word) for word in words], before, *arguments)
+    theirs.close()
+    said = mine.recv()
+    process.join()
+    return said
+
+
+def _run_and_tell(connection, words, before, *arguments):
+    code, errors = 0, io.StringIO()
+    with redirect_stderr(errors):
+        if before is not None:
+            before(*arguments)
+        try:
+            _main(words)
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+        gc.collect()  # what fails when it is forgotten says so now
+    connection.send((code, errors.getvalue()))
 
 
 def kill(process):

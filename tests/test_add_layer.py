@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -135,6 +136,28 @@ def test_an_sae_goes_on_after_its_cache_got_a_layer(cache, tmp_path):
 OPERATIONS = ("write", "append", "workspace", "publish")
 
 
+class AtOnce:
+    """In the place of `Background`: work is done where it is submitted, so that nothing changes while a tree is copied."""
+
+    def __init__(self, _max_bytes):
+        pass
+
+    def submit(self, _n_bytes, work):
+        future = Future()
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        return future
+
+    def drain(self):
+        pass
+
+    def close(self):
+        pass
+
+
 def test_between_any_two_changes_of_the_disk_the_cache_is_whole_and_goes_on(
     tiny_qwen, chat_corpus, tmp_path, monkeypatch
 ):
@@ -154,6 +177,7 @@ def test_between_any_two_changes_of_the_disk_the_cache_is_whole_and_goes_on(
         return operation
 
     with monkeypatch.context() as patch:
+        patch.setattr("fastcache.cache_format.writer.Background", AtOnce)
         for name in OPERATIONS:
             patch.setattr(LocalStorage, name, copying(getattr(LocalStorage, name)))
         add(cache, 0, 3)

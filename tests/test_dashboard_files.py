@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from urllib.request import urlopen
 
 import pyarrow.parquet as pq
 import pytest
 from latents import add_scores, make_results, scored
+from processes import hearing_ctrl_c, ignoring_ctrl_c
 
 from fastcache.errors import InputError, MismatchError
 from fastcache.pipeline.cli import main
@@ -39,18 +41,37 @@ def test_the_server_is_for_this_machine_and_this_folder(served):
     assert ask(served, "/").headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_the_command_shows_the_page_until_ctrl_c(scored_latents, dashboard):
-    words = ["dashboard", "--latents", scored_latents, "--port", 0]
+@contextmanager
+def showing(latents):
+    """The command as a process, and the port at which it shows the page."""
+    words = ["dashboard", "--latents", latents, "--port", 0]
     code = "from fastcache.pipeline.cli import main; main()"
     command = [sys.executable, "-c", code, *map(str, words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        shown = next(line for line in process.stdout if "http://localhost:" in line)
-        port = int(re.search(r"localhost:(\d+)/", shown)[1])
+        try:
+            shown = next(line for line in process.stdout if "http://localhost:" in line)
+            yield process, int(re.search(r"localhost:(\d+)/", shown)[1])
+        finally:
+            process.kill()
+
+
+def test_the_command_shows_the_page_until_ctrl_c(scored_latents, dashboard):
+    with hearing_ctrl_c(), showing(scored_latents) as (process, port):
         with urlopen(f"http://localhost:{port}/data/index.js") as response:
             assert response.read() == (dashboard.parent / "data" / "index.js").read_bytes()
         process.send_signal(signal.SIGINT)
         assert "Stopped." in process.stdout.read()
-    assert process.returncode == 0
+        assert process.wait() == 0
+
+
+@pytest.mark.usefixtures("dashboard")
+def test_in_the_background_of_a_script_it_ends_at_sigterm(scored_latents):
+    with ignoring_ctrl_c(), showing(scored_latents) as (process, port):
+        process.send_signal(signal.SIGINT)
+        with urlopen(f"http://localhost:{port}/") as response:
+            assert response.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == -signal.SIGTERM
 
 
 def test_a_taken_port_is_told(served, dashboard):

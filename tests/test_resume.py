@@ -19,7 +19,7 @@ from deaths import (
     die,
     start_stopped,
 )
-from processes import n_lines
+from processes import hearing_ctrl_c, n_lines
 
 import fastcache
 from fastcache.errors import BusyError
@@ -109,10 +109,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(small_cache, undisturbed, tmp_path)
     words = ["train", "--cache", str(small_cache), *TRAIN, "--out", str(out)]
     code = "import sys; from deaths import *; signal_in(STEP, 25, signal.SIGINT, command, sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False,
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with hearing_ctrl_c():
+        done = subprocess.run([sys.executable, "-c", code, *words], env=environment, check=False, **pipes)
     assert done.returncode == 130, done.stdout
     assert "to resume, run:\n  fastcache train --cache" in done.stdout
     assert newest_checkpoint(out) == 26

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcache.files import atomic_file
+from fastcache.files import atomic_file, create_file
 from fastcache.stages.prepare.kernels import U64, count_buckets, deal, walk
 from fastcache.stages.prepare.ngrams import Grams
 
@@ -44,7 +44,7 @@ def write_grams(path: Path, pieces: Sequence[Grams]) -> None:
     grams = np.empty((int(edges[-1]), 2), np.uint64)
     for piece in pieces:
         deal(*piece, shift, places, grams)
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, create_file(temporary) as file:
         file.write(edges.data)  # numpy's `tofile` doesn't say why a disk takes no more
         file.write(grams.data)
 
