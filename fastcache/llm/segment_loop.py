@@ -40,15 +40,15 @@ class SegmentLoops:
     """The modules of a model that are run on one sequence of a pack after another."""
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
-        self._modules = list(dict.fromkeys(modules))
-        for module in self._modules:
+        self.modules = list(dict.fromkeys(modules))
+        for module in self.modules:
             module.forward = _by_segments(module.forward)
 
     def undo(self) -> None:
         """Have the modules see whole packs again."""
-        for module in self._modules:
+        for module in self.modules:
             del module.forward  # the one of its class shows again
-        self._modules = []
+        self.modules = []
 
 
 def _by_segments(forward: Callable[..., Any]) -> Callable[..., Any]:

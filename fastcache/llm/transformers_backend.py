@@ -85,7 +85,7 @@ class TransformersBackend:
         self.hook_points = list(hook_points)
         self.device = device
         self.note: str | None = None
-        """Why sequences are run one at a time, if they are."""
+        """Why sequences are run one at a time, if they are, and which stored weights belong to no part of the model."""
         self._dtype = dtype
         self._n_layers = max(layer_of(hook) for hook in hook_points) + 1
         decoder = load_decoder(source, self._n_layers, DTYPES[dtype], self.device)
@@ -95,6 +95,7 @@ class TransformersBackend:
         )
         self._takes_boundaries = self._is_eager = False
         self._chunks: dict[int, int] = {}
+        self._loops = SegmentLoops()
         self._captured: dict[str, torch.Tensor] = {}
         for hook in self.hook_points:
             decoder.layers[layer_of(hook)].register_forward_hook(self._capture(hook))
@@ -103,6 +104,9 @@ class TransformersBackend:
         self._shortest = 1
         if self._pack_tokens > 1:
             self._use_packs()
+        if names := decoder.unknown_weights:
+            unknown = f"The checkpoint holds {len(names)} weights that belong to no part of this model, such as {names[0]}."
+            self.note = " ".join(filter(None, (self.note, unknown)))
 
     def _capture(self, name: str) -> Any:
         def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
@@ -137,6 +141,14 @@ class TransformersBackend:
             run_until_enough(self._model, input_ids=token_ids, use_cache=False, **packed)
         captured, self._captured = self._captured, {}
         return _Launched(segments, captured)
+
+    @property
+    def manner(self) -> str:
+        """How sequences go through the model, in a few words."""
+        if self._pack_tokens == 1:
+            return "one sequence at a time"
+        looped = sorted({type(module).__name__ for module in self._loops.modules})
+        return "in packs" + (f", but through {', '.join(looped)} one sequence at a time" if looped else "")
 
     def _keywords(self, segments: Segments) -> dict[str, Any]:
         """What the model is told of a pack by keyword."""
@@ -204,9 +216,10 @@ class TransformersBackend:
                 return reason, False
         found = [residuals for pack in launched for residuals in pack.residuals()]
         pairs = [(one[hook], other[hook]) for one, other in zip(found, alone, strict=True) for hook in self.hook_points]
-        if any(not relative_difference(one, other) <= RELATIVE_LIMITS[self._dtype] for one, other in pairs):
+        different = [(one, other) for one, other in pairs if not np.array_equal(one, other, equal_nan=True)]
+        if any(not relative_difference(one, other) <= RELATIVE_LIMITS[self._dtype] for one, other in different):
             return "the model gives other values for a sequence that has neighbours", False
-        if self._is_exact and any(not np.array_equal(one, other, equal_nan=True) for one, other in pairs):
+        if self._is_exact and different:
             return "the model gives other bits for a sequence that has neighbours", True
         return "", False
 
@@ -236,26 +249,32 @@ def chunks_of(config: Any) -> dict[int, int]:
 
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+OTHER_TYPES = {"linear_attention", "conv", "hybrid", "mlp", "moe"}
+"""Layers without attention, or with full attention beside something else."""
 
 
-def window_mismatch(config: Any, windows: dict[int, int | None], n_layers: int) -> str:
-    """Why the windows that the first `n_layers` layers asked of attention aren't those of the configuration.
+def window_mismatch(config: Any, windows: dict[int, int | None], n_layers: int | None = None) -> str:
+    """Why the windows that the first `n_layers` layers (None: all) asked of attention aren't those of the configuration.
 
     Empty if they are. The sequences of the self-check are shorter than most windows, so that their values say nothing of
     them.
     """
+    n_layers = config.num_hidden_layers if n_layers is None else n_layers
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if types is None:
         types = ["full_attention" if window is None else "sliding_attention"] * n_layers
+    types = types[:n_layers]
+    if unknown := sorted(set(types) - ATTENTION_TYPES - OTHER_TYPES):
+        return f"it has layers of {', '.join(unknown)}"
     expected = {
         layer: window if kind == "sliding_attention" else None
-        for layer, kind in enumerate(types[:n_layers])
+        for layer, kind in enumerate(types)
         if kind in ATTENTION_TYPES or layer in windows
     }
     if windows != expected:
         return "its layers don't say which of them have a sliding window"
-    others = sorted({kind for layer, kind in enumerate(types[:n_layers]) if layer in windows} - ATTENTION_TYPES)
+    others = sorted({types[layer] for layer in windows} - ATTENTION_TYPES)
     if others and (unused := _windows_beside(config, set(windows.values()))):
         return f"it has layers of {', '.join(others)}, and none of them says that it uses {unused}"
     return ""
