@@ -43,15 +43,38 @@ FAMILIES = {
     "gemma2": ("Gemma2Config", GEMMA),  # soft-capped logits
     "gemma3": ("Gemma3TextConfig", GEMMA),  # another rope for each kind of layer
     "gpt2": ("GPT2Config", {}),  # learned positions
-}
-FALLBACKS = {
-    "gpt-oss": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "takes s_aux"),
-    "llama4": (
-        "Llama4TextConfig",
-        {"head_dim": 8, "attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 64},
-        "layers of chunked_attention",
+    "gpt-oss": (  # attention sinks, experts
+        "GptOssConfig",
+        {**GEMMA, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
     ),
+    "llama4": (  # layers that see chunks, layers that count places themselves
+        "Llama4TextConfig",
+        {
+            "head_dim": 8, "attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 64,
+            "layer_types": ["chunked_attention", "full_attention"] * 2, "no_rope_layers": [1, 0, 1, 0],
+            "floor_scale": 16,
+        },
+    ),
+    "mixture of experts": (
+        "Qwen3MoeConfig",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "linear attention": (
+        "Qwen3NextConfig",
+        {
+            "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2, "num_experts": 0,
+        },
+    ),
+    "convolutions": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": [1, 3]},
+    ),
+    "keywords that aren't handed on": ("StableLmConfig", {}),
+}  # fmt: skip
+FALLBACKS = {
     "bloom": ("BloomConfig", {}, "can't exchange its attention"),
+    "rwkv": ("RwkvConfig", {"rescale_every": 2}, "can't exchange its attention"),
 }
 
 
@@ -325,5 +348,5 @@ def test_varlen_kernels_are_for_cuda_alone():
     ],
 )
 def test_windows_are_those_of_the_configuration(settings, windows, words):
-    found = window_mismatch(SimpleNamespace(num_hidden_layers=2, **settings), windows, 2)
+    found = window_mismatch(SimpleNamespace(num_hidden_layers=2, **settings), windows)
     assert (words in found) if words else not found

@@ -95,6 +95,20 @@ class Manifest:
         """Logical dtype of the stored residuals."""
         return str(self.identity["dtype"])
 
+    def unchecked(self, hook_points: Sequence[str] | None = None) -> str:
+        """A sentence that names those of the hook points (None: all) whose values were never compared with the plain model.
+
+        Empty if all were compared.
+        """
+        checked = self.parity.get("hook_points") or {}
+        names = [hook for hook in (self.hook_points if hook_points is None else hook_points) if hook not in checked]
+        if not names:
+            return ""
+        model = self.identity.get("model")
+        is_quantised = isinstance(model, dict) and "quantisation" in model
+        why = "its model is quantised, and there is no plain one" if is_quantised else "it ran with --parity 0"
+        return f"The values at {', '.join(names)} were never compared with the plain model: {why}."
+
     def to_bytes(self) -> bytes:
         """The file, which ends with a checksum of everything else in it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}

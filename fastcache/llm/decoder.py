@@ -45,7 +45,7 @@ def checkpoint_class(config: Any, source_path: str, trust_remote_code: bool) -> 
             return get_class_from_dynamic_module(auto_map[name], source_path)
     for name in getattr(config, "architectures", None) or []:
         named = getattr(transformers, str(name), None)
-        if _is_class_of(named, config):
+        if isinstance(config, getattr(named, "config_class", None) or ()):
             return named
     for mapping in (
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -63,9 +63,11 @@ def checkpoint_class(config: Any, source_path: str, trust_remote_code: bool) -> 
 
 
 def _is_class_of(candidate: Any, config: Any) -> bool:
-    """Whether `candidate` is a class for this configuration, and not only for a part of it."""
+    """Whether `candidate` is a model class for this configuration, and not only for the text part of a wrapper."""
     wanted = getattr(candidate, "config_class", None)
-    return isinstance(wanted, type) and isinstance(config, wanted)
+    if not isinstance(wanted, type):
+        return False
+    return isinstance(config, wanted) or not isinstance(config.get_text_config(decoder=True), wanted)
 
 
 def decoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:

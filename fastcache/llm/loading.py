@@ -18,6 +18,7 @@ from fastcache.errors import FastcacheError, InputError, MismatchError, ModelErr
 from fastcache.files import fingerprint, read_json
 from fastcache.llm.decoder import Decoder, checkpoint_class, cut_class, decoder_layers, unknown_weights
 from fastcache.llm.model_files import reason_of, require_readable_files, require_sound_config, require_vocabulary
+from fastcache.llm.stored_weights import absent_experts, stored_names
 from fastcache.rundir import RUN_FILE, stored_path
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class ModelSource:
     def is_local(self) -> bool:
         """Whether the files are in a folder of this machine."""
         return Path(self.path).is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are, on this machine; of a model of the hub, what was downloaded."""
+        if self.is_local:
+            return Path(self.path)
+        from transformers.utils import cached_file
+
+        return Path(cached_file(self.path, "config.json", revision=self.revision, local_files_only=True)).parent
 
     def require_existing(self) -> None:
         """Raise `ModelError` for a name that can only be a folder and is none; the hub need not be asked then."""
@@ -95,6 +105,18 @@ def loading_errors(source: ModelSource, what: str) -> Iterator[None]:
         raise ModelError(
             f"The {what} of model {source.name!r} can't be loaded: {reason_of(error)}. {advice}."
         ) from error
+
+
+@contextmanager
+def weight_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """`loading_errors`, which also names the experts that a checkpoint lacks: libraries fail on them in many ways."""
+    try:
+        with loading_errors(source, what):
+            yield
+    except ModelError as error:
+        if absent := absent_experts(stored_names(source.folder)):
+            raise ModelError(_lacks(source, absent)) from error
+        raise
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
@@ -200,30 +222,54 @@ WITH_REPORT: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_s
 """Have `from_pretrained` report what it initialises at random instead, so that the error can name it."""
 
 
+ADVICE = "Nothing was computed. The files may be incomplete or of another model: get them again."
+
+
+def _lacks(source: ModelSource, names: list[str]) -> str:
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"The checkpoint of model {source.name!r} lacks weights that the model needs: {listed}. {ADVICE}"
+
+
 def require_complete(report: dict[str, Any], source: ModelSource) -> None:
     """Raise `ModelError`, naming them, for weights that a checkpoint lacks or has in another shape than the model."""
-    advice = "Nothing was computed. The files may be incomplete or of another model: get them again."
     if missing := sorted(report["missing_keys"]):
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(
-            f"The checkpoint of model {source.name!r} lacks weights that the model needs: {names}. {advice}"
-        )
+        raise ModelError(_lacks(source, missing))
     for name, stored, expected in sorted(report["mismatched_keys"]):
+        if absent := absent_experts(stored_names(source.folder)):
+            raise ModelError(_lacks(source, absent))
         raise ModelError(
             f"In the checkpoint of model {source.name!r}, {name} has shape {tuple(stored)}, but its configuration asks "
-            f"for {tuple(expected)}. {advice}"
+            f"for {tuple(expected)}. {ADVICE}"
         )
 
 
 def count_parameters(source: ModelSource, n_layers: int | None) -> int:
     """Parameters of the decoder cut to its first `n_layers` layers, or of the whole model; no weight is read."""
+    model = _empty_model(source, n_layers)
+    part = model if n_layers is None else model.get_submodule(model.decoder_path)
+    return _n_parameters(part)
+
+
+def count_by_layer(source: ModelSource) -> tuple[int, int]:
+    """Parameters of what a decoder has outside its layers, and of its largest layer; no weight is read."""
+    n_layers = load_config(source).num_hidden_layers
+    model = _empty_model(source, n_layers)
+    decoder = model.get_submodule(model.decoder_path)
+    sizes = [_n_parameters(layer) for layer in decoder_layers(decoder, n_layers)]
+    return max(0, _n_parameters(decoder) - sum(sizes)), max(sizes)
+
+
+def _empty_model(source: ModelSource, n_layers: int | None) -> Any:
+    """The whole model, or the decoder's first `n_layers` layers in it, without memory for weights."""
     config = load_whole_config(source)
     n_all = config.get_text_config(decoder=True).num_hidden_layers
     whole = checkpoint_class(config, source.path, source.trust_remote_code)
-    with loading_errors(source, "configuration"), torch.device("meta"):
-        model = whole(config) if n_layers is None else cut_class(whole, n_all, n_layers)(config)
-    part = model if n_layers is None else model.get_submodule(model.decoder_path)
-    return sum(parameter.numel() for parameter in part.parameters())
+    with weight_errors(source, "configuration"), torch.device("meta"):
+        return whole(config) if n_layers is None else cut_class(whole, n_all, n_layers)(config)
+
+
+def _n_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _weights_fingerprint(folder: Path) -> str:

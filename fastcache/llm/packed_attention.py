@@ -6,8 +6,10 @@ than leave it out; the backend then runs one sequence at a time.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 NAME = "fastcache_packed"
-IGNORED = {"position_ids", "position_embeddings", "cache_position", "is_causal"}
+BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""transformers' own keywords for the boundaries of packed sequences; some kernels for linear attention take them."""
+IGNORED = {"position_ids", "position_embeddings", "cache_position", "is_causal", *BOUNDARIES}
 """Keywords that models hand through to attention functions and that change nothing for a causal pack."""
 MAX_HEAD_DIM = 256
 """The widest heads that the varlen kernels of CUDA take."""
@@ -37,6 +41,10 @@ class Segments:
     """The bounds as int32, for varlen kernels."""
     windows: dict[int, int | None] = field(default_factory=dict)
     """What each layer said of its sliding window, by layer."""
+    chunks: dict[int, int] = field(default_factory=dict)
+    """Tokens of a chunk, for the layers in which a token sees its own chunk only; layers don't say this."""
+    is_eager: bool = False
+    """Whether the model's own attention is written out in torch, and not a call of SDPA; the two round differently."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: str) -> "Segments":
@@ -46,14 +54,46 @@ class Segments:
             bounds.append(bounds[-1] + length)
         return cls(bounds, torch.tensor(bounds, dtype=torch.int32, device=device))
 
+    def part(self, start: int, stop: int) -> "Segments":
+        """The one segment from `start` to `stop`."""
+        bounds = self.on_device.new_tensor([0, stop - start])
+        return Segments([0, stop - start], bounds, self.windows, self.chunks, self.is_eager)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(stop - start for start, stop in pairwise(self.bounds))
 
+    def boundaries(self) -> dict[str, Any]:
+        """The keywords `BOUNDARIES`."""
+        lengths = self.on_device.diff()
+        numbers = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+        ends = {"cu_seq_lens_q": self.on_device, "cu_seq_lens_k": self.on_device}
+        longest = {"max_length_q": self.longest, "max_length_k": self.longest}
+        return {**ends, **longest, "seq_idx": numbers.repeat_interleave(lengths)[None]}
+
     def positions(self) -> Tensor:
         """Position ids `[n]`: from 0 in each sequence."""
         return torch.cat([torch.arange(stop - start) for start, stop in pairwise(self.bounds)])
+
+
+_CURRENT: ContextVar[Segments | None] = ContextVar("segments of the pack that is run", default=None)
+"""Not handed to the model as a keyword: many models don't give keywords on, and some kernels don't take them."""
+
+
+def current_segments() -> Segments | None:
+    """The segments of the pack that goes through a model at the moment."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def use_segments(segments: Segments | None) -> Iterator[None]:
+    """Have attention go by these segments."""
+    token = _CURRENT.set(segments)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def packed_attention(
@@ -66,6 +106,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     fastcache_segments: Segments | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -73,21 +114,26 @@ def packed_attention(
 
     Raises `UnknownAttentionError` for what it can't do.
     """
-    if fastcache_segments is None:
-        raise UnknownAttentionError("the model doesn't hand keywords through to its attention")
-    _refuse_unknown(module, query, attention_mask, dropout, fastcache_segments, others)
-    fastcache_segments.windows[getattr(module, "layer_idx", -1)] = sliding_window
-    if softcap is None and (kernel := varlen_kernel(query, value)):
+    segments = fastcache_segments or current_segments()
+    if segments is None:
+        raise UnknownAttentionError("it isn't told of a pack: the model doesn't hand keywords through to its attention")
+    _refuse_unknown(module, query, attention_mask, dropout, segments, others)
+    layer = getattr(module, "layer_idx", -1)
+    segments.windows[layer] = sliding_window
+    chunk = segments.chunks.get(layer)
+    is_plain = softcap is None and s_aux is None and chunk is None
+    if is_plain and (kernel := varlen_kernel(query, value)):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        return kernel(q, k, v, fastcache_segments, scaling, sliding_window).unsqueeze(0), None
+        return kernel(q, k, v, segments, scaling, sliding_window).unsqueeze(0), None
     out = torch.empty((1, query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
-    for start, stop in pairwise(fastcache_segments.bounds):
+    for start, stop in pairwise(segments.bounds):
         q, k, v = (states[:, :, start:stop] for states in (query, key, value))
-        if softcap is None:
-            found = _sdpa(q, k, v, scaling, sliding_window)
+        if s_aux is not None or (segments.is_eager and softcap is None and chunk is None):
+            out[:, start:stop] = _eager(module, q, k, v, scaling, sliding_window)
+        elif softcap is not None:
+            out[:, start:stop] = _softcapped(q, k, v, scaling, sliding_window, softcap).transpose(1, 2)
         else:
-            found = _softcapped(q, k, v, scaling, sliding_window, softcap)
-        out[:, start:stop] = found.transpose(1, 2)
+            out[:, start:stop] = _sdpa(q, k, v, scaling, sliding_window, chunk).transpose(1, 2)
     return out, None
 
 
@@ -113,13 +159,30 @@ def _band(n: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """One segment through torch's attention; a segment within the window needs no mask."""
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, chunk: int | None = None
+) -> Tensor:
+    """One segment through torch's attention; a segment within the window, or within a chunk, needs no mask."""
     n, grouped = q.shape[2], q.shape[1] != k.shape[1]
     mask = _band(n, window, q.device) if window is not None and window < n else None
+    if chunk is not None and chunk < n:
+        number = torch.arange(n, device=q.device) // chunk
+        mask = _band(n, n, q.device) & (number[:, None] == number)
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, scale=scaling, enable_gqa=grouped
     )
+
+
+def _eager(module: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """One segment `[1, n, heads, d]` through the architecture's own plain attention, which knows its attention sinks."""
+    plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if plain is None:
+        raise UnknownAttentionError("attention takes s_aux or is an unknown one, and its plain form isn't known")
+    n = q.shape[2]
+    band = _band(n, n if window is None else window, q.device)
+    mask = torch.where(band, torch.zeros((), dtype=q.dtype, device=q.device), torch.finfo(q.dtype).min)
+    out: Tensor = plain(module, q, k, v, mask[None, None], scaling=scaling)[0]
+    return out
 
 
 def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float) -> Tensor:

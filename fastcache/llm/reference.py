@@ -27,7 +27,14 @@ from fastcache.llm.decoder import (
     residual_stream,
     run_until_enough,
 )
-from fastcache.llm.loading import WITH_REPORT, ModelSource, load_whole_config, loading_errors, require_complete
+from fastcache.llm.loading import (
+    WITH_REPORT,
+    ModelSource,
+    load_whole_config,
+    loading_errors,
+    require_complete,
+    weight_errors,
+)
 
 
 class Reference:
@@ -37,11 +44,11 @@ class Reference:
         """Load the model, or with `by_layer` only what is outside its layers; raises `ModelError`."""
         config = load_whole_config(source)
         self._text = config.get_text_config(decoder=True)
-        self._hook_points = list(hook_points)
+        n_layers = self._text.num_hidden_layers
         self._in_step = _InStep(source, config) if by_layer else None
-        self._model: Any = self._in_step.skeleton() if self._in_step else _load(_auto_class(config), source)
+        self._model: Any = self._in_step.skeleton() if self._in_step else _load(_auto_class(config), source, n_layers)
         self._captured = threading.local()
-        layers = decoder_layers(self._model, self._text.num_hidden_layers)
+        layers = decoder_layers(self._model, n_layers)
         for hook in hook_points:
             layers[layer_of(hook)].register_forward_hook(self._capture(hook))
         layers[max(map(layer_of, hook_points))].register_forward_hook(enough)
@@ -79,15 +86,14 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _load(model_class: Any, source: ModelSource, **keywords: Any) -> Any:
-    """The float32 model; raises `ModelError` if a weight of it is missing, but for an LM head, which isn't run."""
-    with loading_errors(source, "weights"):
+def _load(model_class: Any, source: ModelSource, n_layers: int, **keywords: Any) -> Any:
+    """The float32 model; raises `ModelError` if a weight of its decoder is missing. Its other parts aren't run."""
+    with weight_errors(source, "weights"):
         model, report = model_class.from_pretrained(
             source.path, dtype=torch.float32, **WITH_REPORT, **source.keywords(), **keywords
         )
-    head = model.get_output_embeddings()
-    of_head = {name for name, module in model.named_modules() if head is not None and module is head}
-    missing = {name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head}
+    path = path_to(model, decoder_layers(model, n_layers))
+    missing = {name for name in report["missing_keys"] if name.startswith(path)}
     require_complete({**report, "missing_keys": missing}, source)
     return model.eval()
 
@@ -142,7 +148,7 @@ class _InStep:
                 layers[index] = _LayerFromDisk(layer, self._fetch)
             keep_only(model, set(model.get_submodule(path_to(model, layers)).modules()))
 
-        return _load(changed_class(self._class, change), self._source, config=self._config)
+        return _load(changed_class(self._class, change), self._source, self._n_layers, config=self._config)
 
     def run(self, run: Callable[[TokenIds], Residuals], sequences: Sequence[TokenIds]) -> list[Residuals]:
         """What `run` returns for each sequence."""
@@ -176,6 +182,6 @@ class _InStep:
         def change(model: Any) -> None:
             keep_only(model, set(decoder_layers(model, self._n_layers)[number].modules()))
 
-        model = _load(changed_class(self._class, change), self._source, config=self._config)
+        model = _load(changed_class(self._class, change), self._source, self._n_layers, config=self._config)
         self._loaded = _LoadedLayer(decoder_layers(model, self._n_layers)[number])
         self._next += 1

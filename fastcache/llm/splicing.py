@@ -11,14 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import TokenIds
-from fastcache.llm.loading import (
-    ModelSource,
-    check_layers,
-    decoder_layers,
-    load_config,
-    load_language_model,
-    quiet,
-)
+from fastcache.llm.decoder import decoder_layers, residual_stream
+from fastcache.llm.loading import ModelSource, check_layers, load_config, load_language_model, quiet
 
 ROWS_TOGETHER = 512
 Replace = Callable[[Tensor], Tensor]
@@ -36,10 +30,10 @@ class SplicedModel:
 
     def __init__(self, source: ModelSource, hook_points: list[str], dtype: torch.dtype, device: str) -> None:
         """Load the model; raises `ModelError`, and `InputError` for a layer out of range."""
-        config = load_config(source)
-        check_layers(config, hook_points, source)
+        self._config = load_config(source)
+        check_layers(self._config, hook_points, source)
         self._model: Any = load_language_model(source, dtype, device)
-        self._layers = decoder_layers(self._model, config.num_hidden_layers)
+        self._layers = decoder_layers(self._model, self._config.num_hidden_layers)
         self._device = device
 
     @torch.inference_mode()
@@ -88,10 +82,11 @@ class SplicedModel:
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             nonlocal seen
             states = output[0] if isinstance(output, tuple) else output
-            start = min(max(0, first - seen), states.shape[1])
-            seen += states.shape[1]
             new = states.clone()
-            new[0, start:] = replace(states[0, start:].float()).to(states.dtype)
+            stream = residual_stream(new, self._config)  # a view: what is written to it is in `new`
+            start = min(max(0, first - seen), stream.shape[0])
+            seen += stream.shape[0]
+            stream[start:] = replace(stream[start:].float()).to(states.dtype)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return self._layers[layer_of(hook_point)].register_forward_hook(hook)

@@ -10,7 +10,7 @@ from fastcache import figures
 from fastcache.cache_format.schema import STORED_DTYPES
 from fastcache.corpus import CORPUS_FILE, Corpus
 from fastcache.llm.loading import ModelSource, count_parameters, load_config
-from fastcache.pipeline.places import RUNS, slug
+from fastcache.pipeline.names import RUNS
 from fastcache.pipeline.study import ModelSize, Study
 from fastcache.stages.extract.plan import TOKEN_BYTES
 from fastcache.stages.prepare.config import PrepareConfig
@@ -65,7 +65,7 @@ def costs(study: Study) -> Costs:
 def _held_out(study: Study) -> tuple[int, str]:
     """Tokens of the held-out cache, and from how many dialogues they are estimated."""
     chat = study.corpora["chat"]
-    folder = chat if isinstance(chat, Path) else RUNS / slug(study.name) / "corpus-chat"
+    folder = chat if isinstance(chat, Path) else RUNS / study.name / "corpus-chat"
     if (folder / CORPUS_FILE).is_file():
         n_dialogues = Corpus(folder).n_rows("eval")
         source = f"as in the corpus {folder}"

@@ -103,6 +103,8 @@ def show_cache(console: Console, cache: Cache) -> None:
         units = "; ".join(f"{unit} ({reason})" for unit, reason in manifest.failed.items())
         rows.append(("failed units", f"{units}. Run the extract command again to try them."))
     rows += _parity(manifest.parity)
+    if cache.complete and (unchecked := manifest.unchecked()):
+        rows.append(("parity", unchecked))
     print_facts(console, f"Cache {cache.path}", rows)
     for hook, groups in manifest.statistics.items():
         _show_norms(console, cache, hook, groups)

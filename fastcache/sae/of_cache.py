@@ -6,7 +6,6 @@ from typing import Any
 from fastcache.cache_format.reader import Cache, open_cache
 from fastcache.config import differences
 from fastcache.errors import InputError, MismatchError
-from fastcache.files import require_fields
 from fastcache.sae.architectures import Sae
 from fastcache.sae.storage import load_sae
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
-from fastcache.llm.loading import decoder_layers
+from fastcache.llm.decoder import decoder_layers
 from fastcache.llm.splicing import Replace
 
 if current_platform.is_cpu():

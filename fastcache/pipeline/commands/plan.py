@@ -9,6 +9,7 @@ from fastcache.errors import InputError
 from fastcache.figures import count, figure, size
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
+from fastcache.pipeline.names import study_name
 from fastcache.pipeline.options import read_config
 from fastcache.pipeline.study import LARGEST_SCALE, SMALLEST_SCALE, Study, is_study, read_study
 from fastcache.pipeline.study_files import find_study_file
@@ -52,7 +53,7 @@ def command(studies: tuple[str, ...], scale: str, tflops: str | None, devices: s
         values = read_config(path, "STUDY")
         if not is_study(values):
             raise InputError(f"{path} is no study: it has no `extract`. For a sweep: fastcache sweep --dry-run.")
-        found.append(read_study(path.stem, values, times))
+        found.append(read_study(study_name(path), values, times))
     show_costs(found, speed, n_devices, RichProgress(make_console()))
 
 

@@ -81,8 +81,8 @@ def command(
     times = parse_number("--scale", scale, SMALLEST_SCALE, LARGEST_SCALE)
     progress = RichProgress(make_console())
     if path and is_study(values):
-        study = read_study(path.stem, with_settings(values, settings, added), times)
-        _run_study(study, dry_run, out or RUNS / study_name(path), fresh, progress)
+        study = read_study(study_name(path), with_settings(values, settings, added), times)
+        _run_study(study, dry_run, out or RUNS / study.name, fresh, progress)
         return
     if times != 1:
         raise InputError("--scale is for a study, a file with `extract`. For a sweep of one cache say --set tokens=N.")

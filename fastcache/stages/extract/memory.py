@@ -2,7 +2,7 @@
 
 The estimate adds up what is alive at the peak: the process as it stands, the weights up to the deepest captured layer,
 one pack's activations, the residuals on their way, and the writer's queue. The parity check, which holds a whole float32
-model besides, is a phase of its own.
+model besides, is a phase of its own; where that model doesn't fit, the check reads one layer of it after another.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import layer_of
 from fastcache.cache_format.writer import QUEUE_BYTES
 from fastcache.llm.backend import default_pack_tokens
-from fastcache.llm.loading import count_parameters
+from fastcache.llm.loading import count_by_layer, count_parameters
 from fastcache.llm.parity import spread
 from fastcache.llm.transformers_backend import DTYPES
 from fastcache.llm.vllm_backend.backend import arena_rows
-from fastcache.memory import process_bytes
+from fastcache.memory import free_memory, process_bytes
 from fastcache.stages.extract.model_use import ModelUse
 
 PACKS_AHEAD = 3
@@ -41,6 +41,8 @@ class Needs:
     """Of the host, for all processes together."""
     devices: dict[str, int]
     """Of each GPU."""
+    reference_by_layer: bool = False
+    """Whether the parity check reads its model one layer at a time, since the whole one doesn't fit. Figures are the same."""
 
 
 def queue_bytes(use: ModelUse, sample: list[Instance]) -> int:
@@ -59,6 +61,14 @@ def pack_tokens(use: ModelUse, sample: list[Instance]) -> int:
 
 def estimate_memory(use: ModelUse, sample: list[Instance]) -> Needs:
     """Peak over the phases of a run: parity check, loading, computing."""
+    needs, free = _needs(use, sample, by_layer=False), free_memory()
+    if use.n_checked and free is not None and needs.total - process_bytes() > free:
+        smaller = _needs(use, sample, by_layer=True)
+        return smaller if smaller.total < needs.total else needs
+    return needs
+
+
+def _needs(use: ModelUse, sample: list[Instance], by_layer: bool) -> Needs:
     tokens, itemsize = pack_tokens(use, sample), DTYPES[use.model_dtype].itemsize
     n_parameters = count_parameters(use.source, layer_of(use.hook_points[-1]) + 1)
     here = process_bytes()  # with the model's code, which has been imported to count
@@ -71,7 +81,7 @@ def estimate_memory(use: ModelUse, sample: list[Instance]) -> Needs:
     running = (
         resident + PACKS_AHEAD * tokens * row_values * 4 + queue_bytes(use, sample) // 2 + (work if on_host else 0)
     )
-    first = max(loading, resident + _parity_bytes(use, sample)) if use.n_checked else 0
+    first = max(loading, resident + _parity_bytes(use, sample, by_layer)) if use.n_checked else 0
     if use.n_workers == 1:
         worker = total = here + max(first, loading, running)
     else:
@@ -81,9 +91,10 @@ def estimate_memory(use: ModelUse, sample: list[Instance]) -> Needs:
     if use.backend == "vllm":  # its two processes more; on a GPU it takes what it is allowed to, and says so itself
         arena = arena_rows(tokens, use.longest) * row_values * itemsize
         worker, total = (bytes_ + max(1, use.n_workers) * (2 * WORKER + arena) for bytes_ in (worker, total))
-        return Needs(worker, total, {})
+        return Needs(worker, total, {}, by_layer)
     turns = [use.devices[number % len(use.devices)] for number in range(use.n_workers)]
-    return Needs(worker, total, {gpu: turns.count(gpu) * on_device for gpu in turns if gpu.startswith("cuda")})
+    on_devices = {gpu: turns.count(gpu) * on_device for gpu in turns if gpu.startswith("cuda")}
+    return Needs(worker, total, on_devices, by_layer)
 
 
 def _mapped(llm_config: Any, n_parameters: int, itemsize: int) -> int:
@@ -97,19 +108,33 @@ def activations(llm_config: Any, tokens: int, itemsize: int) -> int:
 
     Soft-capped attention holds the logits of a sequence besides.
     """
-    d_in = llm_config.hidden_size
-    width = getattr(llm_config, "intermediate_size", None) or getattr(llm_config, "n_inner", None) or 4 * d_in
+    d_in, width = llm_config.hidden_size, mlp_width(llm_config)
     logits = 0
     if getattr(llm_config, "attn_logit_softcapping", None):
         logits = 2 * llm_config.num_attention_heads * tokens**2
-    return itemsize * (tokens * (3 * int(width) + 5 * d_in) + logits)
+    return itemsize * (tokens * (3 * width + 5 * d_in) + logits)
 
 
-def _parity_bytes(use: ModelUse, sample: list[Instance]) -> int:
-    """The whole float32 model on the host, and all hidden states of its longest sequence."""
+def mlp_width(llm_config: Any) -> int:
+    """Width of the widest MLP; some configurations give one for each layer."""
+    for name in ("intermediate_size", "n_inner", "ffn_dim"):
+        width = getattr(llm_config, name, None)
+        if isinstance(width, (list, tuple)):
+            width = max((int(each) for each in width), default=0)
+        if width:
+            return int(width)
+    return 4 * int(llm_config.hidden_size)
+
+
+def _parity_bytes(use: ModelUse, sample: list[Instance], by_layer: bool) -> int:
+    """The float32 model on the host, whole or the larger part of it, and what it computes with.
+
+    By layer, all sequences are under way at once, and each holds its residual stream at the hook points besides.
+    """
     lengths = [len(instance.token_ids) for instance in sample]
-    longest = max(lengths[index] for index in spread(lengths, use.n_checked))
-    n_parameters = count_parameters(use.source, None)
-    states = 4 * longest * use.llm_config.hidden_size * (use.llm_config.num_hidden_layers + 1)
-    computing = states + activations(use.llm_config, longest, 4)
-    return n_parameters * 4 + max(_mapped(use.llm_config, n_parameters, 4), computing)
+    checked = [lengths[index] for index in spread(lengths, use.n_checked)]
+    computing = activations(use.llm_config, max(checked), 4)
+    n_rows = sum(checked) * (2 + len(use.hook_points)) if by_layer else max(checked) * (1 + len(use.hook_points))
+    n_parameters = sum(count_by_layer(use.source)) if by_layer else count_parameters(use.source, None)
+    states = 4 * n_rows * use.llm_config.hidden_size
+    return n_parameters * 4 + max(_mapped(use.llm_config, n_parameters, 4), states + computing)

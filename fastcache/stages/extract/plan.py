@@ -111,7 +111,7 @@ def _lacking(plan: Plan, out: Path | str, room: int | None, free: int | None) ->
     if free is not None and more > free:
         problems.append(
             f"The run needs about {gigabytes(more)} more memory, but {gigabytes(free)} are free. Use fewer --workers, "
-            "--model-dtype bfloat16, smaller --pack-tokens, or --parity 0, which leaves out the whole float32 model."
+            "--model-dtype bfloat16, smaller --pack-tokens, or a machine with more memory."
         )
     for device, needed in needs.devices.items():
         if needed > (there := _free_on(device)):

@@ -11,7 +11,8 @@ from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.writer import CacheWriter
 from fastcache.llm.backend import Backend
 from fastcache.llm.backends import BackendPlan
-from fastcache.llm.parity import check_parity, reference_residuals, spread
+from fastcache.llm.parity import check_parity, spread
+from fastcache.llm.reference import Reference
 from fastcache.progress import Progress
 from fastcache.stages.extract.compute import Worker, compute_by_crew, compute_here
 from fastcache.stages.extract.model_use import ModelUse
@@ -94,7 +95,9 @@ class UnitRun:
     def _parity(self, backend: Backend) -> dict[str, Any]:
         """Figures of the parity check; the reference model is let go with the end of this function."""
         picked = spread([len(instance.token_ids) for instance in self.sample], self.use.n_checked)
-        self.progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model ...")
-        reference = reference_residuals(self.use.source, self.use.hook_points)
+        by_layer = self.plan.needs.reference_by_layer
+        how = ", read layer by layer because it doesn't fit into memory" if by_layer else ""
+        self.progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model{how} ...")
         sequences = [self.sample[index].token_ids for index in picked]
-        return check_parity(backend, reference, sequences, self.use.model_dtype)
+        expected = Reference(self.use.source, self.use.hook_points, by_layer).residuals(sequences)
+        return check_parity(backend, lambda _token_ids: next(expected), sequences, self.use.model_dtype)

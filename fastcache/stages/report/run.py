@@ -151,6 +151,7 @@ def _cache(path: Path) -> dict[str, Any]:
         "totals": manifest.totals,
         "ledger": manifest.ledger,
         "parity": max(parity, default=None),
+        "unchecked": manifest.unchecked(),
         "statistics": manifest.statistics,
     }
 

@@ -57,6 +57,9 @@ def train(config: TrainConfig, out: Path, progress: Progress, fresh: bool = Fals
 
 def begin(members: Sequence[Member], progress: Progress) -> None:
     """Load the newest checkpoints that all members have, or initialise them; they share one stream."""
+    hooks = dict.fromkeys(member.task.hook for member in members)
+    if unchecked := members[0].task.cache.manifest.unchecked(list(hooks)):
+        progress.say(f"Note on the cache: {unchecked}")
     changed = _load(members)
     if changed is None:
         sample = members[0].task.sample()
