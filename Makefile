@@ -17,7 +17,7 @@ test: $(VENV)/.develops
 
 test-faults: $(VENV)/.develops
 	$(BIN)/python -m pytest -m "long or not long" tests/test_faults.py tests/test_attacks.py tests/test_verify.py \
-		tests/test_resume.py tests/test_add_layer.py tests/test_plan.py
+		tests/test_resume.py tests/test_add_layer.py tests/test_plan.py tests/test_reproducible.py
 
 # SAELens and dictionary-learning want other packages than we do: they get an environment of their own.
 test-interop: $(INTEROP)/.develops

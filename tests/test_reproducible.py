@@ -8,17 +8,16 @@ import hashlib
 import itertools
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from deaths import STEP, die
 from load import changing_load
-from processes import n_lines, start, start_command
+from processes import kill, n_lines, start_command, wait_for
 
 from fastcache.pipeline.cli import main
-from fastcache.stages.train.member import Member
 
 RESULTS = ("sae.safetensors", "sae.json", "metrics.jsonl")
 STEPS, FIRST_CHECKPOINT, BATCH = 32, 20, 512
@@ -37,19 +36,6 @@ def train_command(cache, **settings):
     chosen = {name: value for name, value in (MEMBER | settings).items() if value is not None}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     return ["train", "--cache", str(cache), *options]
-
-
-def train_until(step_number, words):
-    """In a process of its own: run a command that kills itself before step `step_number` + 1."""
-    step = Member.step
-
-    def step_or_die(member, x, numbers):
-        if member.trainer.step_number == step_number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        step(member, x, numbers)
-
-    Member.step = step_or_die
-    main(words)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +61,7 @@ def test_runs_under_changing_load_end_with_the_same_bits(reference, tmp_path):
 def test_a_run_killed_once_ends_with_the_same_bits(reference, tmp_path, step_number):
     command, expected = reference
     words = [*command, "--out", str(tmp_path / "sae")]
-    process = start(train_until, step_number, words)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    die(STEP, step_number, main, words)
     assert bool(list((tmp_path / "sae").glob("checkpoints/[0-9]*"))) == (step_number >= FIRST_CHECKPOINT)
     main(words)
     assert digest_of(tmp_path / "sae") == expected
@@ -100,30 +84,25 @@ def demo_cache(tmp_path_factory):
     return out
 
 
-def begin_fresh(command, out):
-    """In a process that begins from nothing, with two threads."""
-    code = "from fastcache.pipeline.cli import main; main()"
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    words = [sys.executable, "-c", code, *command, "--out", str(out)]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
-
-
 def run_fresh(command, out):
-    assert begin_fresh(command, out).wait() == 0
+    """In a process that begins from nothing."""
+    code = "from fastcache.pipeline.cli import main; main()"
+    words = [sys.executable, "-c", code, *command, "--out", str(out)]
+    subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
     return digest_of(out)
 
 
 def killed_once(command, out, rng, before):
     """Kill a run at a random moment, before its first checkpoint or after it, and run it again; whether it was then."""
     moment = rng.randrange(FIRST_CHECKPOINT) if before else rng.randrange(FIRST_CHECKPOINT, STEPS)
-    process = begin_fresh(command, out)
-    while process.poll() is None and (not out.exists() or n_lines(out / "metrics.jsonl") < moment):
-        time.sleep(0.005)
+    process = start_command(*command, "--out", out)
+    wait_for(lambda: out.exists() and n_lines(out / "metrics.jsonl") >= moment, process)
     time.sleep(rng.random() * 0.02)
-    process.kill()
-    process.wait()
+    kill(process)
     was_before, is_trained = not list(out.glob("checkpoints/[0-9]*")), (out / "sae.json").exists()
-    run_fresh(command, out)
+    again = start_command(*command, "--out", out)
+    again.join()
+    assert again.exitcode == 0
     return was_before == before and not is_trained
 
 
@@ -155,7 +134,10 @@ def test_members_of_a_sweep_under_load_equal_train(demo_cache, tmp_path):
     base = [f"--set={name}={value}" for name, value in MEMBER.items() if name != "arch"]
     command = ["sweep", "--cache", str(demo_cache), *base, "--grid=arch=batchtopk,matryoshka"]
     with changing_load(3):
-        assert [begin_fresh(command, tmp_path / name).wait() for name in ("one", "two")] == [0, 0]
+        processes = [start_command(*command, "--out", tmp_path / name) for name in ("one", "two")]
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
         for arch in ("batchtopk", "matryoshka"):
             expected = run_fresh(train_command(demo_cache, arch=arch), tmp_path / arch)
             assert {digest_of(tmp_path / name / arch) for name in ("one", "two")} == {expected}
