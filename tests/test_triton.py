@@ -11,6 +11,7 @@ import torch
 from test_fast_training import recipe_of, trained
 from test_gradients import DEAD, random_sae
 
+from fastcache.errors import SpaceError
 from fastcache.sae.architectures import StepInputs
 from fastcache.sae.fast import gpu
 from fastcache.sae.fast.buffers import Buffers
@@ -139,3 +140,33 @@ def test_kernels_compile_for_a_real_gpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 6
     assert "jump_forward -0.0" in done.stdout  # the band is told by it, and a compiler may take it for 0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("No module named 'triton'"), "ImportError: No module named 'triton'"),
+        (RuntimeError("Failed to find C compiler\nmore"), "RuntimeError: Failed to find C compiler"),
+        (PermissionError(13, "Permission denied"), "PermissionError: [Errno 13] Permission denied"),
+    ],
+)
+def test_what_is_wrong_with_a_machine_is_why_it_does_without_the_kernels(monkeypatch, error, reason):
+    monkeypatch.setattr(gpu, "agree", raising(error))
+    assert gpu.trouble.__wrapped__(torch.device("cuda")) == reason
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(28, "No space left on device"), MemoryError()]
+)
+def test_what_is_wrong_at_the_moment_is_an_error(monkeypatch, error):
+    """Without the kernels the same command would have other bits tomorrow."""
+    monkeypatch.setattr(gpu, "agree", raising(error))
+    with pytest.raises(SpaceError, match="run the same command again"):
+        gpu.trouble.__wrapped__(torch.device("cuda"))
+
+
+def raising(error):
+    def fails(_device):
+        raise error
+
+    return fails
