@@ -2,6 +2,6 @@
 
 `step.py` has the five dense products; `dense_kernels.py` what lies between them, compiled; `sparse_kernels.py` all but the
 first product, on the active latents alone; `adam.py` the optimiser in one pass; `gpu.py` and `triton_kernels.py` passes and
-optimiser on a GPU; `products.py` has the rule for the way to multiply, which `cpu.py` helps with. Nothing here is needed: `--plain` trains with the architectures'
-own `loss_and_grads`, and torch's own Adam.
+optimiser on a GPU; `products.py` has the rule for the way to multiply, and `cpu.py` knows the CPU. Nothing here is needed:
+`--plain` trains with the architectures' own `loss_and_grads`, and torch's own Adam.
 """
