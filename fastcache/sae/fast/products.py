@@ -21,7 +21,7 @@ ERROR_LIMITS = {"float32": 1e-6, "tf32": 2e-3, "bf16": 1e-2}
 
 AMD, WIDE_FAMILY = "AuthenticAMD", 26
 """AMD's CPUs from this family on (Zen 5) have 512-bit multipliers. MKL leaves them half idle and oneDNN uses them: 225 instead
-of 105 GFLOP/s a core. On the family before, which splits 512-bit operations, both reach about 100 (docs/benchmarks/train.md)."""
+of 105 GFLOP/s a core. On the family before, which splits 512-bit operations, both reach 100 (docs/benchmarks/train.md)."""
 
 BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Extensions of x86 and ARM that multiply bfloat16."""
