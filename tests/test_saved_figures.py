@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fastcache
+from fastcache.figures import figure
 from fastcache.files import read_json_lines
 from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
@@ -58,7 +59,7 @@ def test_lines_before_the_last_are_of_training_batches(small_cache, tmp_path):
 
 
 def words_of(line):
-    return f"L0 {line['l0']:.1f}, FVU {line['fvu']:.4f}"
+    return f"L0 {figure(line['l0'])}, FVU {figure(line['fvu'])}"
 
 
 def test_train_prints_the_figures_of_the_saved_sae(small_cache, tmp_path, capsys):
