@@ -179,7 +179,7 @@ def test_a_grid_is_every_combination_and_a_list_is_as_it_stands(small_cache):
         ({"gird": {}}, "no key 'gird'.*Did you mean 'grid'"),
         ({"runs": [{"arch": "topk", "kk": 3}]}, "no option 'kk'"),
         ({"runs": [{"arch": "topk", "checkpoint_every": 3}]}, "checkpoint_every is the same for all"),
-        ({"base": {}, "runs": [{"arch": "topk"}], "memory": "lots"}, "--memory lots: expected a size"),
+        ({"base": {}, "runs": [{"arch": "topk"}], "memory": "lots"}, "--memory 'lots': expected a size"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(values, message):
