@@ -28,8 +28,9 @@ class BatchTopKSae(SinglePathSae):
 
     def __init__(self, d_in: int, d_sae: int, k: int) -> None:
         """See `Sae`."""
+        k = checked_k(k, d_sae)
         super().__init__(d_in, d_sae)
-        self.k = checked_k(k, d_sae)
+        self.k = k
         self.register_buffer("threshold", torch.zeros((), dtype=torch.double))
 
     @classmethod

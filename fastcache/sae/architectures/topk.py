@@ -26,8 +26,9 @@ class TopKSae(SinglePathSae):
 
     def __init__(self, d_in: int, d_sae: int, k: int) -> None:
         """See `Sae`."""
+        k = checked_k(k, d_sae)
         super().__init__(d_in, d_sae)
-        self.k = checked_k(k, d_sae)
+        self.k = k
 
     @property
     def options(self) -> dict[str, Any]:
