@@ -1,9 +1,15 @@
 """Inputs that an outside review found: what prepare lost, refused or misread."""
 
+import io
+import time
+
 import pytest
-from corpora import run
+from corpora import dialogue, run, write
+from processes import kill, start, wait_for
+from rich.console import Console
 
 from fastcache.errors import InputError
+from fastcache.pipeline.show import show_corpus
 
 
 def test_a_system_column_comes_first(testdata, tmp_path):
@@ -93,3 +99,48 @@ def test_published_sets_lose_nothing_uncounted(testdata, tmp_path, name):
     else:
         expected = {"messages[].loss_weight": len(kept)} if name.startswith("llama") else {}
         assert found == {"kept": {}, "not_kept": expected}
+
+
+def killed_before_its_page(path, out, mark):
+    from fastcache.progress import Silent
+    from fastcache.stages.prepare import run as module
+    from fastcache.stages.prepare.config import PrepareConfig
+
+    def stay(_out):
+        mark.touch()
+        time.sleep(600)
+
+    module.write_page = stay
+    module.prepare(PrepareConfig(source=(path,)), out, Silent())
+
+
+def test_a_run_killed_before_its_page_writes_it_when_it_is_run_again(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [dialogue(f"q{i}", "a") for i in range(30)])
+    process = start(killed_before_its_page, path, tmp_path / "out", tmp_path / "mark")
+    wait_for((tmp_path / "mark").exists, process)
+    kill(process)
+    assert (tmp_path / "out/corpus.json").exists()
+    assert not (tmp_path / "out/report.html").exists()
+    before = (tmp_path / "out/corpus.json").read_bytes()
+    run(tmp_path / "out", path)
+    run(tmp_path / "whole", path)
+    assert (tmp_path / "out/report.html").read_bytes() == (tmp_path / "whole/report.html").read_bytes()
+    assert (tmp_path / "out/corpus.json").read_bytes() == before
+
+
+def test_fields_are_on_the_page_and_on_the_screen(tmp_path):
+    rows = [dialogue(f"q{i}", "a") | {"id": i, "system": "s", **{f"x{n}": 1 for n in range(20)}} for i in range(30)]
+    path = write(tmp_path / "rows.jsonl", [*rows, {"none": 1}])
+    info, _ = run(tmp_path / "out", path)
+    assert info["fields"][path]["kept"] == {"system": 30}
+    assert info["fields"][path]["not_kept"] == {"id": 30, **{f"x{n}": 30 for n in range(20)}}
+    page = (tmp_path / "out/report.html").read_text()
+    assert '<td class="name">system</td><td>30</td><td class="name">kept</td>' in page
+    assert page.count('<td>30</td><td class="name">not kept</td>') == 21
+    console = Console(file=io.StringIO(), width=80)
+    show_corpus(console, tmp_path / "out", info)
+    text = console.file.getvalue()
+    assert "fields kept" in text
+    assert "system 30" in text
+    assert "id 30" in text
+    assert "and 13 more" in text
