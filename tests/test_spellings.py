@@ -252,3 +252,34 @@ def test_a_set_with_a_field_of_its_own_for_each_row_has_few_names(tmp_path):
     assert len(counts) <= 501
     assert sum(counts.values()) == 1200
     assert counts["?" * 80] == 600
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_table_of_messages_becomes_the_best_path_of_each_tree(tmp_path, suffix):
+    def message(name, parent, role, text, **others):
+        return {
+            "message_id": name,
+            "parent_id": parent,
+            "role": role,
+            "text": text,
+            "rank": None,
+            "lang": "en",
+            **others,
+        }
+
+    rows = [
+        message("c", "b", "prompter", "third"), message("a", None, "prompter", "first"),
+        message("x", "a", "assistant", "worse", rank=1), message("b", "a", "assistant", "second", rank=0),
+        message("d", None, "prompter", "alone"), message("o", "nowhere", "assistant", "orphan"),
+        message("p", "q", "assistant", "circle"), message("q", "p", "prompter", "circle"),
+    ]  # fmt: skip
+    path = str(tmp_path / f"rows.{suffix}")
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write(tmp_path / "rows.jsonl", rows)
+    info, kept = run(tmp_path / "out", path)
+    assert sorted([row.messages for row in kept], key=len) == [said("alone"), said("first", "second", "third")]
+    assert info["counts"][path] == {"rows": 5, "kept": 2, "dropped": {"reply to a message that isn't there": 3}}
+    assert info["fields"][path]["not_kept"]["replies off the best path"] == 1
+    assert info["fields"][path]["not_kept"]["messages[].lang"] == 2
