@@ -53,6 +53,7 @@ def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: boo
     sources = {"sae_fingerprint": fingerprint(info), "cache_fingerprint": fingerprint(cache.manifest.identity)}
     with output_directory(out, "interpret", {**as_dict(config), **sources}, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         if (out / LATENTS_FILE).exists():
+            (out / STATE_FILE).unlink(missing_ok=True)  # which a run that was killed at its very end left
             progress.say(f"{out} is complete; nothing to do (--fresh starts over).")
             return
         collected = _collect(config, cache, sae.to(device), info["hook_point"], out / STATE_FILE, progress)

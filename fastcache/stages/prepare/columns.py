@@ -7,7 +7,8 @@ A row is a run of *pieces*, texts with a code each: the content of a turn, after
 the row's tools; or one plain text.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,22 @@ MAX_BYTES = 2**31 - 1
 """Text that an Arrow array of strings holds."""
 
 
-def _others(values: Mapping[str, Any], used: tuple[str, ...], known: Collection[str]) -> list[str] | None:
-    """The names beside those `used` whose fields hold something, or None if one of them is `known`."""
-    names = [name for name, value in values.items() if value is not None and name not in used and is_present(value)]
-    return None if any(plain_name(name) in known for name in names) else names
+@lru_cache(maxsize=4096)
+def _names_beside(names: tuple[str, ...], used: tuple[str, ...], of_turn: bool) -> tuple[tuple[str, bool], ...]:
+    """The names beside those `used`, and for each whether a dialogue may be made of it."""
+    known = TURN_FIELDS if of_turn else COMPANIONS
+    return tuple((name, plain_name(name) in known) for name in names if name not in used)
+
+
+def _others(values: Mapping[str, Any], used: tuple[str, ...], of_turn: bool) -> list[str] | None:
+    """The names beside those `used` whose fields hold something, or None if a dialogue may be made of one of them."""
+    others = []
+    for name, is_known in _names_beside(tuple(values), used, of_turn):
+        if is_present(values[name]):
+            if is_known:
+                return None
+            others.append(name)
+    return others
 
 
 class Columns:
@@ -126,14 +139,14 @@ class Columns:
                 turns = row.get(name)  # type: ignore[union-attr]
                 if turns is not None:
                     break
-            not_kept = _others(row, (name,), COMPANIONS) if len(row) > 1 else []  # type: ignore[arg-type]
+            not_kept = _others(row, (name,), False) if len(row) > 1 else []  # type: ignore[arg-type]
             for turn in turns if not_kept is not None else ():  # type: ignore[union-attr]
                 used = ("role", "content") if "role" in turn else ("from", "value")
                 code, text = _CODES[turn[used[0]]], turn[used[1]]
                 if text.isspace() or not text:
                     break
                 if len(turn) > 2:
-                    others = _others(turn, used, TURN_FIELDS)
+                    others = _others(turn, used, True)
                     if others is None:
                         break
                     not_kept += [f"{name}[].{other}" for other in others]  # type: ignore[operator]

@@ -14,15 +14,15 @@ class FieldSets:
 
     def __init__(self) -> None:
         self.texts: dict[str, int] = {"[[], []]": 0}
-        self._numbers: dict[tuple[frozenset[str], frozenset[str]], int] = {(frozenset(), frozenset()): 0}
+        self._numbers: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
         self._names: dict[str, str] = {}
 
     def number(self, kept: Collection[str], not_kept: Collection[str]) -> int:
         """The number of the text of these fields."""
-        key = frozenset(kept), frozenset(not_kept)
+        key = tuple(kept), tuple(not_kept)
         number = self._numbers.get(key)
         if number is None:
-            text = json.dumps([sorted({self._short(name) for name in sorted(names)}) for names in key])
+            text = json.dumps([sorted({self._short(name) for name in sorted(set(names))}) for names in key])
             number = self.texts.setdefault(text, len(self.texts))
             if len(self._numbers) < MAX_NAMES:
                 self._numbers[key] = number

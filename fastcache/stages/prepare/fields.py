@@ -45,6 +45,13 @@ class Fields:
         names = [name for name in named if isinstance(self._values[name], kind)]
         return next((name for name in names if is_present(self._values[name])), names[0] if names else None)
 
+    def drop_empty_json(self, spellings: Iterable[str]) -> None:
+        """Use up those of these fields that hold the JSON text of nothing."""
+        for name in [name for spelling in spellings for name in self._named(spelling)]:
+            value = self._values[name]
+            if isinstance(value, str) and value.strip() in ("[]", "{}", "null"):
+                self.use(name)
+
     def has(self, spelling: str) -> bool:
         """Whether a field of this name is there and not taken."""
         return bool(self._named(spelling))
@@ -61,8 +68,8 @@ class Fields:
         return self._values[name]
 
     def take(self, name: str | None) -> Any:
-        """As `use`, and the field is counted as `taken`."""
-        if name is not None:
+        """As `use`, and the field is counted as `taken` if it holds anything."""
+        if name is not None and is_present(self._values[name]):
             self.taken.add(self._prefix + name)
         return self.use(name)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,17 @@ def _is_json(text: bytes) -> bool:
 def _check_text(path: Path, head: bytes) -> None:
     """Raise `InputError` for text in an encoding that JSON can't be in, and for a web page."""
     if b"\0" in head[:64]:
-        for encoding in ("utf-32", "utf-16", "utf-16-le", "utf-16-be"):
+        for encoding in ("UTF-32", "UTF-16LE", "UTF-16BE"):
             try:
                 text = head[: len(head) // 4 * 4].decode(encoding)
             except UnicodeDecodeError:
                 continue
-            if text.lstrip().startswith(("{", "[")):
-                name = encoding.upper()
+            if text.removeprefix("\ufeff").lstrip().startswith(("{", "[")):
+                # With a mark of its byte order it is told without saying which.
+                name = encoding[:6] if text.startswith("\ufeff") else encoding
                 raise InputError(
                     f"{path} is {name[:6]} text; JSON has to be UTF-8. Convert it first: "
-                    f"iconv -f {name} -t UTF-8 '{path}' > NEW_FILE"
+                    f"iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
                 )
     if re.match(rb"\s*<(!doctype|html)", head, re.IGNORECASE):
         raise InputError(f"{path} is a web page, not a data set: fetch the file itself, not the page that shows it.")

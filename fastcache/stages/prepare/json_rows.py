@@ -19,22 +19,29 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Any:
     return value if len(value) == len(pairs) else _Repeated()
 
 
-def _n_keys(value: Any) -> int:
-    """Keys in all the objects of a value."""
-    n_keys, children = (len(value), value.values()) if value.__class__ is dict else (0, value)
+def _n_texts(value: Any) -> int:
+    """Keys of objects, and texts, in a value."""
+    n_texts, children = (len(value), value.values()) if value.__class__ is dict else (0, value)
     for child in children:
-        if child.__class__ is dict or child.__class__ is list:
-            n_keys += _n_keys(child)
-    return n_keys
+        kind = child.__class__
+        if kind is str:
+            n_texts += 1
+        elif kind is dict or kind is list:
+            n_texts += _n_texts(child)
+    return n_texts
 
 
 def _may_repeat(text: bytes, value: Any) -> bool:
-    """Whether an object in `value`, which `text` says, may have had a key twice.
+    """Whether an object in `value`, which `text` says, may have had a key twice: then it has fewer texts than are written.
 
-    A quote that ends a text stands before a colon only after a key; inside of a text a backslash stands before it.
+    Every text stands between two quotes, and those in a text have a backslash before them.
     """
-    n_named = text.count(b'":') - text.count(b'\\":')
-    return b'\\\\":' in text or n_named != _n_keys(value)
+    n_quotes = text.count(b'"')
+    if b"\\" in text:
+        if b'\\\\"' in text:  # the backslash before this quote may itself be one that is meant
+            return True
+        n_quotes -= text.count(b'\\"')
+    return n_quotes != 2 * _n_texts(value)
 
 
 def parse(text: bytes) -> tuple[Any, bool]:

@@ -5,6 +5,7 @@ Where blocks end depends on the input alone.
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,35 @@ from fastcache.stages.prepare.json_rows import Refused, parse, to_row
 from fastcache.stages.prepare.schema import known_columns
 from fastcache.stages.prepare.sources import SUFFIXES, Source, files_below, inner_suffix, no_hub
 from fastcache.stages.prepare.tables import pruned
+from fastcache.stages.prepare.tree_tables import dialogues_of_table, is_message_of_tree
 
 BLOCK_BYTES = 1 << 18
 BLOCK_ROWS = 1024
 
 
 def read_source(source: Source, split: str, column: str | None) -> Iterator[Block]:
-    """The rows of a source, in order; `column` is the one to read. Raises `InputError` if it can't be read."""
+    """The rows of a source, in order; `column` is the one to read. Raises `InputError` if it can't be read.
+
+    Of a table of OpenAssistant's messages, the rows are its trees.
+    """
     path = Path(source.place)
     if path.is_dir():
         return _read_folder(path, source.name, column)
     if path.is_file():
-        return _read_file(path, column)
-    return _by_blocks(_read_hub(source, split))
+        return _assembled(_read_file(path, column), str(path), column)
+    return _assembled(_by_blocks(_read_hub(source, split)), source.name, column)
+
+
+def _assembled(blocks: Iterator[Block], path: str, column: str | None) -> Iterator[Block]:
+    """The blocks, or dialogues in their stead where they are of a table of messages."""
+    first = next((block for block in blocks if block.n_rows), None)  # blank lines alone are no rows
+    if first is None:
+        return
+    blocks = chain([first], blocks)
+    if column is None and is_message_of_tree(next(first.head(1).rows())):
+        yield from _by_blocks(dialogues_of_table((row for block in blocks for row in block.rows()), path), path)
+    else:
+        yield from blocks
 
 
 def _read_folder(folder: Path, name: str, column: str | None) -> Iterator[Block]:
@@ -38,7 +55,7 @@ def _read_folder(folder: Path, name: str, column: str | None) -> Iterator[Block]
     if not paths:
         raise InputError(f"--source {name}: the folder {folder} holds no {', '.join(SUFFIXES)} file.")
     for path in paths:
-        yield from _read_file(path, column)
+        yield from _assembled(_read_file(path, column), str(path), column)
 
 
 def _read_file(path: Path, column: str | None) -> Iterator[Block]:

@@ -41,6 +41,7 @@ def usable(raw: dict[str, Any], column: str | None, alternating: bool, max_turn_
     a question with its answer (also Alpaca's `instruction`, `input`, `output`), a text. Raises `Unusable`.
     """
     fields = Fields(raw)
+    fields.drop_empty_json((*TOOL_COLUMNS, *CALL_ANSWER_COLUMNS, *HISTORY_COLUMNS))
     reader = DialogueReader()
     value = _dialogue_or_text(fields, column, reader)
     if isinstance(value, str):

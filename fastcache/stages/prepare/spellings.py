@@ -97,6 +97,9 @@ _COLUMNS = COMPANIONS | plain_names(
 )  # fmt: skip
 
 
+_NOTHING: tuple[Any, ...] = ("", [], {})
+
+
 def known_role(spelling: str) -> str | None:
     """The corpus's role that a data set spells so, or None."""
     return ROLES.get(spelling) or _ROLES.get(plain_name(spelling.strip()))
@@ -114,4 +117,4 @@ def is_known_column(name: str) -> bool:
 
 def is_present(value: Any) -> bool:
     """Whether there is anything in a field: null, and empty texts, lists and objects, are nothing."""
-    return value is not None and value not in ("", [], {})
+    return bool(value) or (value is not None and value not in _NOTHING)

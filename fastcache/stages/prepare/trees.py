@@ -18,11 +18,14 @@ def _order(reply: dict[str, Any]) -> tuple[bool, float, float]:
     return bool(reply.get("deleted")), rank if isinstance(rank, int | float) else float("inf"), -_votes(reply)
 
 
-def best_path(root: dict[str, Any], where: str, not_kept: set[str]) -> list[dict[str, Any]]:
-    """The turns along a tree of replies: of several the one of the lowest rank, then the one with the most votes.
+def best_reply(replies: list[dict[str, Any]]) -> dict[str, Any]:
+    """The reply of the lowest rank, then the one with the most votes; deleted ones come last."""
+    return min(replies, key=_order)
 
-    Deleted replies come last. Where other branches are left out, `where.replies` is added to `not_kept`.
-    """
+
+def best_path(root: dict[str, Any], where: str, not_kept: set[str]) -> list[dict[str, Any]]:
+    """The turns along a tree of replies, of several the best; where others are left out, `where.replies` is added to
+    `not_kept`."""
     turns, node = [], root
     while True:
         turns.append({name: value for name, value in node.items() if name != "replies"})
@@ -32,4 +35,4 @@ def best_path(root: dict[str, Any], where: str, not_kept: set[str]) -> list[dict
             not_kept.add(f"{where}.replies")
         if not replies:
             return turns
-        node = min(replies, key=_order)
+        node = best_reply(replies)

@@ -82,6 +82,7 @@ class DialogueReader:
 
     def _read_turn(self, values: dict[str, Any], where: str) -> list[Message]:
         turn = Fields(values, f"{where}.")
+        turn.drop_empty_json((*TOOL_COLUMNS, *CALL_FIELDS, *RESPONSE_FIELDS))
         spelling = turn.use(turn.find(ROLE_FIELDS))
         if isinstance(spelling, dict):
             spelling = spelling.get("role")
