@@ -12,6 +12,8 @@ NONE = "-"
 """Stands where there is no number."""
 LARGEST, SMALLEST = 9, -4
 """A figure is written with an exponent from 10^9 on, and below 10^-4."""
+TALLEST = 6
+"""From 10^6 on, a number has no digits after the point that mean anything."""
 BYTE_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 KILO = 1000
 
@@ -37,6 +39,13 @@ def logarithm(value: float | None) -> str:
         return NONE if value is None or isnan(value) else figure(value)
     places = 3 if abs(value) < 9.9995 else 2
     return f"{round(value, places) or 0.0:,.{places}f}"
+
+
+def fixed(value: float | None, places: int) -> str:
+    """A number with so many digits after the point, for columns whose numbers are of one size; others as figures."""
+    if value is None or not isfinite(value) or abs(value) >= 10**TALLEST:
+        return figure(value, 4)
+    return f"{value:,.{places}f}"
 
 
 def count(value: int | None) -> str:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from test_metrics import provenance, trained_like
 
-from fastcache.pipeline.cli import cli
+from fastcache.pipeline.cli import cli, main
 from fastcache.progress import Silent
 from fastcache.sae.storage import save_sae
 from fastcache.stages.evaluate.config import EvaluateConfig
@@ -82,3 +82,17 @@ def test_saes_that_were_not_evaluated_make_no_table(tmp_path, small_cache):
 def test_watching_and_a_table_do_not_go_together(tmp_path):
     done = CliRunner().invoke(cli, ["report", "--sae", str(tmp_path), "--format", "csv", "--watch", "5"])
     assert "--watch writes a page; it doesn't go with --format csv" in str(done.exception)
+
+
+def test_saes_that_were_left_out_are_named_on_screen_and_page(evaluated, small_cache, tmp_path, capsys):
+    folders, _ = evaluated
+    save_sae(tmp_path / "later", trained_like(), as_trained(small_cache))
+    words = ["report", *(word for one in [*folders, tmp_path / "later"] for word in ("--sae", str(one)))]
+    main([*words, "--html", str(tmp_path / "page.html")])
+    note = "2 of 3 SAEs are evaluated, and only these have held-out figures. Not evaluated: later."
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "page.html").read_text()
+    main([*words, "--format", "csv"])
+    output = capsys.readouterr()
+    assert note in output.err
+    assert note not in output.out

@@ -3,7 +3,6 @@
 Everything is computed here and now; each stage resumes, so an interrupted demo goes on where it was.
 """
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,18 @@ def run_demo(out: Path, tokens: int, fresh: bool, console: Console) -> None:
 
 
 def _say_what_next(out: Path, progress: RichProgress) -> None:
-    cache, held_out = (shlex.quote(str(cache_folder(out, "fast", split))) for split in ("train", "eval"))
-    sae = shlex.quote(str(min(sweep_folder(out, "fast").glob("jumprelu-*"))))
+    cache, held_out = (str(cache_folder(out, "fast", split)) for split in ("train", "eval"))
+    sae = str(min(sweep_folder(out, "fast").glob("jumprelu-*")))
     progress.say(
         f"\nReport: {(out / REPORT_FILE).resolve()}\n"
-        f"The model is a toy ({DEMO / 'README.md'}): these figures show the tool, not a finding.\n\n"
-        "Try next:\n"
-        f"  fastcache inspect {cache}\n"
-        f"  fastcache interpret --sae {sae} --cache {held_out} --unembedding\n"
-        f"  fastcache train --cache {cache} --layer 4 --arch jumprelu --target-l0 20\n"
-        "  fastcache extract --model Qwen/Qwen2.5-0.5B-Instruct --layer 12"
+        f"The model is a toy ({DEMO / 'README.md'}): these figures show the tool, not a finding.\n"
+    )
+    progress.say_commands(
+        "Try next:",
+        [
+            ["fastcache", "inspect", cache],
+            ["fastcache", "interpret", "--sae", sae, "--cache", held_out, "--unembedding"],
+            ["fastcache", "train", "--cache", cache, "--layer", "4", "--arch", "jumprelu", "--target-l0", "20"],
+            ["fastcache", "extract", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--layer", "12"],
+        ],
     )

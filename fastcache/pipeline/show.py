@@ -14,6 +14,7 @@ from fastcache.cache_format.schema import METHODS, SPLIT_TITLES, STORED_DTYPES, 
 from fastcache.cache_format.statistics import Moments
 from fastcache.corpus import Corpus
 from fastcache.errors import FastcacheError
+from fastcache.origins import corpus_sources, model_title
 from fastcache.pipeline.console import print_text, printable
 from fastcache.pipeline.tables import FullTable, figure_columns, name_columns, print_facts, print_table
 from fastcache.progress import Progress
@@ -38,14 +39,6 @@ def look_up(mapping: Any, *keys: str) -> Any:
 def counted(counts: Any) -> str:
     """Counts by name as `demo 2, other 1`; empty where there are none."""
     return ", ".join(f"{name} {figures.count(n)}" for name, n in counts.items()) if isinstance(counts, dict) else ""
-
-
-def model_title(name: Any) -> str:
-    """A model as people call it: its name on the hub, or the folder's name where it is a path."""
-    if not name:
-        return figures.NONE
-    path = Path(str(name))
-    return path.name if path.is_absolute() or str(name).startswith((".", "~")) else str(name)
 
 
 def show_corpus(console: Console, path: Path, info: dict[str, Any]) -> None:
@@ -80,7 +73,6 @@ def show_cache(console: Console, cache: Cache) -> None:
     identity, totals = manifest.identity, manifest.totals
     method = look_up(identity, "method") or {}
     details = ", ".join(f"{name} {value}" for name, value in method.items() if name != "name" and value is not None)
-    fingerprint = str(look_up(identity, "corpus", "fingerprint") or figures.NONE)[:16]
     rows = [
         ("state", manifest.state if cache.complete else "not complete: run its extract command again"),
         (
@@ -88,7 +80,7 @@ def show_cache(console: Console, cache: Cache) -> None:
             f"{look_up(identity, 'model', 'name')}, run in {look_up(identity, 'model_dtype') or 'unknown dtype'}",
         ),
         ("method", f"{look_up(method, 'name')}" + (f" ({details})" if details else "")),
-        ("corpus", f"{fingerprint}, split {look_up(identity, 'corpus', 'split')}"),
+        ("corpus", f"{_corpus(cache)}, split {look_up(identity, 'corpus', 'split')}"),
         ("tokens", f"{cache.n_tokens:,} in {cache.n_instances:,} sequences, {len(cache.parts)} parts"),
     ]
     block_size, last = look_up(method, "block_size"), totals.get("last_block_tokens")
@@ -108,6 +100,20 @@ def show_cache(console: Console, cache: Cache) -> None:
     print_facts(console, f"Cache {cache.path}", rows)
     for hook, groups in manifest.statistics.items():
         _show_norms(console, cache, hook, groups)
+
+
+def _model(identity: dict[str, Any]) -> str:
+    """The model's name, and its folder where that is another thing."""
+    name = str(look_up(identity, "model", "name") or "unknown")
+    title = model_title(name)
+    return title if title == name else f"{title} ({name})"
+
+
+def _corpus(cache: Cache) -> str:
+    """The data sets of the corpus where they are known, and its fingerprint."""
+    fingerprint = str(look_up(cache.manifest.identity, "corpus", "fingerprint") or "")
+    sources = ", ".join(corpus_sources(cache.path, fingerprint))
+    return f"{sources} ({fingerprint[:16]})" if sources else fingerprint[:16] or figures.NONE
 
 
 def _ledger(ledger: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fastcache import figures
 from fastcache.files import read_json, read_json_lines, require_fields
+from fastcache.origins import model_title
 from fastcache.pipeline.console import print_text
 from fastcache.pipeline.show import look_up
 from fastcache.pipeline.tables import FullTable, figure_columns, name_columns, print_facts, print_table
@@ -53,7 +54,10 @@ def show_sae(console: Console, path: Path, run: dict[str, Any] | None = None) ->
         trained = info["training"]
         rows += [
             ("architecture", f"{info['architecture']}, d_in {info['d_in']}, d_sae {info['d_sae']}"),
-            ("of", f"{info['model'].get('name')} {info['hook_point']}, method {info['method'].get('name')}"),
+            (
+                "of",
+                f"{model_title(str(info['model'].get('name')))} {info['hook_point']}, method {info['method'].get('name')}",
+            ),
             (
                 "trained",
                 f"{figures.count(trained.get('tokens'))} tokens in {figures.count(trained.get('steps'))} steps",
@@ -115,7 +119,7 @@ def _show_export(console: Console, path: Path, run: dict[str, Any]) -> None:
         rows += [
             ("architecture", ", ".join(f"{name} {values.get(key)}" for name, key in EXPORT_FACTS)),
             ("model", f"{look_up(metadata, 'model_name')}, {look_up(metadata, 'hook_name')}"),
-            ("data", str(look_up(metadata, "dataset_path") or figures.NONE)),
+            ("data", str(look_up(metadata, "dataset_path") or "unknown")),
             ("load it by", f"SAE.load_from_disk({str(path)!r})"),
         ]
     print_facts(console, f"Export {path}", rows)

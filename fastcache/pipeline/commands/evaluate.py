@@ -28,8 +28,10 @@ Examples:
 def command(**given: Any) -> None:
     """Run the evaluate stage."""
     config = resolve(EvaluateConfig, given)
+    from fastcache.pipeline.next_steps import after_evaluate
     from fastcache.pipeline.show import show_evaluations
     from fastcache.stages.evaluate.run import evaluate
 
-    console = make_console()
-    show_evaluations(console, evaluate(config, RichProgress(console)))
+    progress = RichProgress(make_console())
+    show_evaluations(progress.console, evaluate(config, progress))
+    progress.say_commands("Next:", after_evaluate(config.sae, config.cache))

@@ -31,4 +31,6 @@ def command(out: Path | None, fresh: bool, **given: Any) -> None:
     from fastcache.stages.export.run import export
 
     place = out or RUNS / f"{config.format}-{output_name(str(config.sae))}"
-    export(config, place, RichProgress(make_console()), fresh)
+    progress = RichProgress(make_console())
+    export(config, place, progress, fresh)
+    progress.say_commands("Next:", [["fastcache", "inspect", str(place)]])

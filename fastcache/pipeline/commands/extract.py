@@ -1,6 +1,5 @@
 """`fastcache extract`."""
 
-import shlex
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -54,14 +53,13 @@ def command(
     progress = RichProgress(console)
     place = out or cache_place(config)
     progress.say(f"Cache: {place}")
+    from fastcache.pipeline.next_steps import after_extract
     from fastcache.pipeline.show import show_cache
     from fastcache.stages.extract.run import extract
 
     made = extract(config, lambda: find_corpus(config, progress), place, progress, fresh, force)
     show_cache(console, made)
-    if config.split == "train":
-        layer = f" --layer {config.layer[0]}" if len(made.hook_points) > 1 else ""
-        progress.say(f"Next: fastcache train --cache {shlex.quote(str(place))} --arch jumprelu{layer}")
+    progress.say_commands("Next:", after_extract(made))
 
 
 def _add_layers(cache: Path | str | None, given: dict[str, Any], force: bool) -> None:
@@ -82,9 +80,12 @@ def _add_layers(cache: Path | str | None, given: dict[str, Any], force: bool) ->
             f"With --add-layer, everything else is as the cache was made: leave out {', '.join(others)}. Of the options of "
             f"extract, only {', '.join(f'--{name}' for name in allowed[1:])} and --force may be given."
         )
-    console = make_console()
+    progress = RichProgress(make_console())
+    from fastcache.pipeline.next_steps import after_add_layer
     from fastcache.pipeline.show import show_cache
     from fastcache.stages.extract.add_layer import add_layers
 
     config = from_mapping(AddLayerConfig, values, "options")
-    show_cache(console, add_layers(cache, config, RichProgress(console), force))
+    made = add_layers(cache, config, progress, force)
+    show_cache(progress.console, made)
+    progress.say_commands("Next:", after_add_layer(made, config.add_layer))

@@ -1,6 +1,5 @@
 """`fastcache interpret`, `fastcache interpret judge` and `fastcache interpret scores`."""
 
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,8 @@ def command(context: click.Context, /, out: Path | None, fresh: bool, **given: A
     progress = RichProgress(console)
     interpret(config, place, progress, fresh)
     show_latents(console, place)
-    progress.say(f"Latents: {place}\nNext: fastcache dashboard --latents {shlex.quote(str(place))}")
+    progress.say(f"Latents: {place}")
+    progress.say_commands("Next:", [["fastcache", "dashboard", "--latents", str(place)]])
 
 
 @command.command(name="judge", help=JUDGE_HELP)
@@ -89,6 +89,8 @@ def judge_command(out: Path | None, fresh: bool, **given: Any) -> None:
     if config.judge == "none" and unanswered:
         progress.say(f"Prompts to answer: {place / PROMPTS_FILE} ({unanswered:,}); give the answers with --answers.")
     progress.say(f"Scores: {place}")
+    judged = [] if out is None else ["--judged", str(place)]
+    progress.say_commands("Next:", [["fastcache", "dashboard", "--latents", config.latents, *judged]])
 
 
 @command.command(name="scores", help=SCORES_HELP)

@@ -31,11 +31,14 @@ def command(**given: Any) -> None:
     """Run the report stage."""
     config = resolve(ReportConfig, given)
     from fastcache.stages.report.run import report_table, watch_report, write_report
+    from fastcache.stages.report.runs import not_evaluated, read_runs
 
     if config.format != "html":
         if config.watch is not None:
             raise InputError(f"--watch writes a page; it doesn't go with --format {config.format}. Leave one out.")
         click.echo(report_table(config), nl=False)
+        if note := not_evaluated(read_runs(config.sae)):
+            click.echo(note, err=True)  # standard output is the table alone
         return
     progress, html = RichProgress(make_console()), Path(config.html).resolve()
     if config.watch is None:
@@ -43,4 +46,6 @@ def command(**given: Any) -> None:
     else:
         progress.say(f"Watching: {html.as_uri()}, until all runs are done")
         watch_report(config, config.watch)
+    if note := not_evaluated(read_runs(config.sae)):
+        progress.say(note)
     progress.say(f"Report: {html}")

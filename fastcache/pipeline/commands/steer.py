@@ -1,6 +1,5 @@
 """`fastcache steer` and `fastcache steer find`."""
 
-import shlex
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -95,4 +94,6 @@ def find_command(out: Path | None, **given: Any) -> None:
     print_table(console, FullTable(columns, rows))
     progress.say(f"Table: {place}")
     if best is not None:
-        progress.say(f'Next: fastcache steer --sae {shlex.quote(config.sae)} --latent {best} --prompt "..."')
+        prompt = "Tell me about the sea."
+        words = ["fastcache", "steer", "--sae", config.sae, "--latent", str(best), "--prompt", prompt]
+        progress.say_commands("Next:", [words])

@@ -1,6 +1,5 @@
 """`fastcache sweep`."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +89,7 @@ def command(
 
 
 def _run_sweep(values: dict[str, Any], dry_run: bool, out: Path | None, fresh: bool, progress: RichProgress) -> None:
+    from fastcache.pipeline.next_steps import after_training, watch
     from fastcache.stages.train.sweep import plan_sweep, sweep
     from fastcache.stages.train.sweep_config import sweep_config
 
@@ -101,11 +101,12 @@ def _run_sweep(values: dict[str, Any], dry_run: bool, out: Path | None, fresh: b
     first = next(iter(config.members.values()))
     place = out or RUNS / f"sweep-{output_name(str(first.cache))}"
     progress.say(f"Sweep: {place}")
-    progress.say(f"Watch: fastcache report --sae {shlex.quote(str(place))} --watch 30")
+    progress.say_commands("Watch:", watch(place))
     result = sweep(config, place, progress, fresh)
     states = [member["state"] for member in result["members"].values()]
     progress.say(f"{states.count('trained')} of {len(states)} SAEs are trained.")
-    progress.say(f"Next: fastcache evaluate {_options(place, result)} --cache HELD_OUT_CACHE")
+    trained = [place / name for name, member in result["members"].items() if member["state"] == "trained"]
+    progress.say_commands("Next:", after_training(trained))
 
 
 def _run_study(study: Study, dry_run: bool, out: Path, fresh: bool, progress: RichProgress) -> None:
@@ -120,8 +121,3 @@ def _run_study(study: Study, dry_run: bool, out: Path, fresh: bool, progress: Ri
     progress.say(f"Study {study.name} in {out}: prepare, extract, train, evaluate, report.")
     show_evaluations(progress.console, run_study(study, out, progress, fresh))
     progress.say(f"Report: {(out / REPORT_FILE).resolve()}")
-
-
-def _options(place: Path, result: dict[str, Any]) -> str:
-    trained = [name for name, member in result["members"].items() if member["state"] == "trained"]
-    return " ".join(f"--sae {shlex.quote(str(place / name))}" for name in trained[:2]) + (" ..." if trained[2:] else "")

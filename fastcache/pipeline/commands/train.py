@@ -1,6 +1,5 @@
 """`fastcache train`."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ Examples:
 def command(out: Path | None, fresh: bool, dry_run: bool, **given: Any) -> None:
     """Run the train stage."""
     config = resolve(TrainConfig, given)
+    from fastcache.pipeline.next_steps import after_training, watch
     from fastcache.pipeline.show_runs import show_sae
     from fastcache.stages.train.run import train
 
@@ -49,7 +49,7 @@ def command(out: Path | None, fresh: bool, dry_run: bool, **given: Any) -> None:
     layer = "" if config.layer is None else f"-layer-{config.layer}"
     place = out or RUNS / f"sae-{output_name(str(config.cache))}-{config.arch}{layer}"
     progress.say(f"SAE: {place}")
-    progress.say(f"Watch: fastcache report --sae {shlex.quote(str(place))} --watch 30")
+    progress.say_commands("Watch:", watch(place))
     train(config, place, progress, fresh)
     show_sae(console, place)
-    progress.say(f"Next: fastcache evaluate --sae {shlex.quote(str(place))} --cache HELD_OUT_CACHE")
+    progress.say_commands("Next:", after_training([place]))

@@ -1,7 +1,5 @@
 """`fastcache verify`."""
 
-import shlex
-
 import click
 
 from fastcache.config import parse_number
@@ -45,5 +43,5 @@ def command(context: click.Context, cache: str, quick: bool, workers: str | None
         progress.say(f"{cache}: nothing is wrong" + (" with structure and sizes." if quick else "."))
         return
     progress.say(f"{cache}: damaged parts: {len(parts - {None}):,}, problems: {n_problems:,}.")
-    progress.say(f"Next: fastcache repair {shlex.quote(cache)}")
+    progress.say_commands("Next:", [["fastcache", "repair", cache]])
     context.exit(1)

@@ -8,6 +8,7 @@ from safetensors.torch import save
 from fastcache.config import as_dict
 from fastcache.errors import NonFiniteError
 from fastcache.files import fingerprint, write_bytes_atomic, write_json_atomic
+from fastcache.origins import cache_of_sae, corpus_sources
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.storage import load_sae
@@ -35,5 +36,7 @@ def export(settings: ExportConfig, out: Path, progress: Progress, fresh: bool = 
             progress.say(f"{out} is there; nothing to do (--fresh starts over).")
             return
         write_bytes_atomic(out / WEIGHTS_FILE, save({name: value.contiguous() for name, value in tensors.items()}))
-        write_json_atomic(out / CONFIG_FILE, config(sae, architecture, info))
+        cache = cache_of_sae(folder)
+        sources = corpus_sources(cache, info["corpus"]["fingerprint"]) if cache else []
+        write_json_atomic(out / CONFIG_FILE, config(sae, architecture, info, sources))
     progress.say(f"{sae.architecture} SAE as SAELens's {architecture}: SAE.load_from_disk({str(out)!r})")

@@ -4,12 +4,14 @@ What it would drop or ignore in silence is avoided: metadata without `sae_lens_v
 an activation scale is ignored, and our SAEs have theirs folded in. The input isn't centred (`apply_b_dec_to_input`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcache.cache_format.schema import layer_of
+from fastcache.origins import model_title
 from fastcache.sae.architectures import BatchTopKSae, GatedSae, JumpReluSae, Sae, TopKSae
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -42,13 +44,13 @@ def weights(sae: Sae) -> tuple[str, dict[str, Tensor]]:
     return ("topk" if isinstance(sae, TopKSae) else "standard"), tensors
 
 
-def config(sae: Sae, architecture: str, info: dict[str, Any]) -> dict[str, Any]:
-    """What stands in cfg.json; `info` is the SAE's sae.json."""
+def config(sae: Sae, architecture: str, info: dict[str, Any], sources: Sequence[str] = ()) -> dict[str, Any]:
+    """What stands in cfg.json; `info` is the SAE's sae.json, `sources` are the data sets that it was trained on."""
     layer, method = layer_of(info["hook_point"]), info["method"]
     metadata = {
         "sae_lens_version": SAELENS_VERSION,
         "sae_lens_training_version": None,
-        "model_name": info["model"]["name"],
+        "model_name": model_title(info["model"]["name"]),
         "model_class_name": "HookedTransformer",
         "hook_name": f"blocks.{layer}.hook_resid_post",
         "hf_hook_name": f"model.layers.{layer}",
@@ -57,7 +59,8 @@ def config(sae: Sae, architecture: str, info: dict[str, Any]) -> dict[str, Any]:
         "prepend_bos": False,
         "seqpos_slice": [None],
         "exclude_special_tokens": False,
-        "dataset_path": info["corpus"]["fingerprint"],
+        "dataset_path": ", ".join(sources) or None,
+        "fastcache_corpus_fingerprint": info["corpus"]["fingerprint"],
         "neuronpedia_id": None,
         "model_from_pretrained_kwargs": {},
         "training_architecture": f"fastcache-{sae.architecture}",

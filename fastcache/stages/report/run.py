@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fastcache import __version__
+from fastcache import __version__, figures
 from fastcache.cache_format.reader import open_cache
 from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.corpus import Corpus
@@ -14,7 +14,7 @@ from fastcache.extras import page_template, require_packages
 from fastcache.files import make_directory, write_bytes_atomic
 from fastcache.stages.report.config import ReportConfig
 from fastcache.stages.report.paper import compared
-from fastcache.stages.report.runs import Run, read_runs
+from fastcache.stages.report.runs import Run, not_evaluated, read_runs
 from fastcache.stages.report.series import Panel, at_equal_l0, best, panels
 from fastcache.stages.report.tables import table
 
@@ -80,7 +80,12 @@ def _write_page(
         note=config.note,
         version=__version__,
         split_titles=SPLIT_TITLES,
+        fixed=figures.fixed,
+        figure=figures.figure,
+        percent=figures.percent,
+        size=figures.size,
         evaluations=evaluations,
+        not_evaluated=not_evaluated(runs),
         named=any(len({series.method for series in panel.series}) < len(panel.runs) for panel in found),
         runs=runs,
         colours=curves.run_colours(runs),

@@ -16,6 +16,8 @@ MAY_BE_UNKNOWN = ("fvu", "dead_latents")
 """A batch of equal rows has no FVU; which latents are dead is known once the first window is over."""
 HIDDEN = ("resolved", "cache_fingerprint", "device")
 COMMANDS = ("train", "sweep")
+MOST_NAMES = 8
+"""Of SAEs, in one sentence."""
 
 Evaluation = dict[str, Any]
 Lines = list[dict[str, Any]]
@@ -83,6 +85,19 @@ def read_runs(folders: tuple[str, ...]) -> list[Run]:
     n_points = max(FEWEST_POINTS, min(MOST_POINTS, POINTS_OF_ALL // len(members)))
     runs = [_run(folder, name, config, n_points) for name, (folder, config) in zip(names, members.items(), strict=True)]
     return sorted(runs, key=lambda run: (len(run.place), run.place, run.arch))  # layer 2 before layer 10
+
+
+def not_evaluated(runs: list[Run]) -> str:
+    """A sentence about the SAEs that have no held-out figures, empty where all have them."""
+    missing = [run.name for run in runs if run.evaluation is None]
+    n_evaluated = len(runs) - len(missing)
+    if not missing:
+        return ""
+    names = ", ".join(missing[:MOST_NAMES]) + (f" and {len(missing) - MOST_NAMES} more" if missing[MOST_NAMES:] else "")
+    if not n_evaluated:
+        return f"None of the {len(runs)} SAEs is evaluated, so there are no held-out figures."
+    verb = "is" if n_evaluated == 1 else "are"
+    return f"{n_evaluated} of {len(runs)} SAEs {verb} evaluated, and only these have held-out figures. Not evaluated: {names}."
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.errors import InputError
+from fastcache.figures import NONE, fixed, percent
 from fastcache.stages.report.paper import Published
 from fastcache.stages.report.runs import Evaluation, Run
 from fastcache.stages.report.series import Point, at_equal_l0, panels
@@ -66,7 +67,7 @@ def _flat(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _markdown(runs: list[Run], paper: dict[str, Published]) -> str:
     has_model = any("with_model" in run.evaluated for run in runs)
-    names = ["SAE", "layer", "architecture", "trained on", "L0", "FVU", "dead"]
+    names = ["SAE", "layer", "architecture", "trained on", "L0", "FVU", "FVU, content", "dead"]
     names += [f"log2 MSE, {title}" for title in SPLIT_TITLES.values()]
     names += ["LM loss added", "LM loss recovered"] if has_model else []
     names += ["paper: log2 MSE, all", "paper: special"] if paper else []
@@ -75,7 +76,7 @@ def _markdown(runs: list[Run], paper: dict[str, Published]) -> str:
         evaluation = run.evaluated
         layer = evaluation["hook_point"].rpartition(".")[2]
         described = [run.name, layer, evaluation["architecture"], evaluation["trained_on"]]
-        published = [figure(value) for value in paper.get(run.name, (None, None))] if paper else []
+        published = [fixed(value, 3) for value in paper.get(run.name, (None, None))] if paper else []
         rows.append([*described, *main_figures(evaluation, has_model), *published])
     return _markdown_table(names, rows, 4)
 
@@ -84,7 +85,7 @@ def _markdown_at_equal_l0(runs: list[Run]) -> str:
     """A second table, where there are curves to compare."""
     names = ["layer", "architecture", "trained on", "L0", *(f"FVU, {title}" for title in SPLIT_TITLES.values())]
     rows = [
-        [panel.place, panel.architecture, series.label, figure(l0, 1), *map(_with_spread, points)]
+        [panel.place, panel.architecture, series.label, fixed(l0, 1), *map(_with_spread, points)]
         for panel in panels(runs)
         if panel.l0
         for series, l0, points in at_equal_l0(panel)
@@ -95,8 +96,9 @@ def _markdown_at_equal_l0(runs: list[Run]) -> str:
 def _with_spread(point: Point | None) -> str:
     """The mean over the seeds, and how far they reach."""
     if point is None:
-        return "-"
-    return figure(point.value, 4) + (f" ({point.low:.4f}-{point.high:.4f})" if point.low != point.high else "")
+        return NONE
+    spread = f" ({fixed(point.low, 4)}-{fixed(point.high, 4)})" if point.low != point.high else ""
+    return fixed(point.value, 4) + spread
 
 
 def _markdown_table(names: list[str], rows: list[list[str]], n_words: int) -> str:
@@ -106,18 +108,14 @@ def _markdown_table(names: list[str], rows: list[list[str]], n_words: int) -> st
 
 
 def main_figures(evaluation: Evaluation, has_model: bool) -> list[str]:
-    """L0, FVU, dead latents, log2 MSE by set of tokens and, with `has_model`, the LM loss added and recovered."""
+    """L0, FVU (all and content), dead latents, log2 MSE by set of tokens and, with `has_model`, LM loss added and recovered."""
     splits = evaluation["splits"]
     spliced = evaluation.get("with_model", {}).get("splits", {}).get("all", {})
     return [
-        figure(splits["all"]["l0"], 1),
-        figure(splits["all"]["fvu"], 4),
-        f"{evaluation['dead_share']:.1%}",
-        *(figure(splits[split].get("log2_mse"), 3) for split in SPLIT_TITLES),
-        *(figure(spliced.get(key), 4) for key in ("delta_loss", "loss_recovered") if has_model),
+        fixed(splits["all"]["l0"], 1),
+        fixed(splits["all"]["fvu"], 4),
+        fixed(splits["content"].get("fvu"), 4),
+        percent(evaluation["dead_share"]),
+        *(fixed(splits[split].get("log2_mse"), 3) for split in SPLIT_TITLES),
+        *(fixed(spliced.get(key), 4) for key in ("delta_loss", "loss_recovered") if has_model),
     ]
-
-
-def figure(value: float | None, places: int = 3) -> str:
-    """A number in a table; a dash where there is none."""
-    return "-" if value is None else f"{value:,.{places}f}"
