@@ -1,5 +1,6 @@
 """`fastcache report`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def command(**given: Any) -> None:
             raise InputError(f"--watch writes a page; it doesn't go with --format {config.format}. Leave one out.")
         click.echo(report_table(config), nl=False)
         return
-    progress, html = RichProgress(make_console()), Path(config.html).resolve()
+    progress, html = RichProgress(make_console()), Path(os.path.realpath(config.html))
     if config.watch is None:
         write_report(config)
     else:
