@@ -92,6 +92,8 @@ def read_json_lines(path: Path, at_most: int | None = None) -> list[dict[str, An
 
     With `at_most`, so many of a longer log (2 or more): evenly spread, the first and the last among them.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise FormatError(f"{path} is no regular file.")
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     chosen: Sequence[int] = range(len(lines))
     if at_most is not None and len(lines) > at_most:

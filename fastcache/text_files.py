@@ -37,6 +37,26 @@ def require_regular_file(path: Path, what: str) -> int:
     return status.st_size
 
 
+def require_output_file(path: Path, what: str) -> None:
+    """Raise `InputError` unless a file can be at `path`, which messages call `what`: it is no folder, device or address."""
+    shown = f"{what} {quoted(str(path))}"
+    if not path.name or path.name == "..":
+        raise InputError(f"{shown} is no name of a file.")
+    if path.parts[0].endswith(":") and len(path.parts) > 1:
+        raise InputError(f"{shown} is an address; it is written on this machine only, so give a path.")
+    try:
+        is_other = path.exists() and not path.is_file()
+        holder = next(folder for folder in path.absolute().parents if folder.exists())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{shown} can't be a file: {getattr(error, 'strerror', None) or first_line(error)}."
+        ) from error
+    if is_other:
+        raise InputError(f"{shown} is there already, and is no file. Choose another name.")
+    if not holder.is_dir():
+        raise InputError(f"{shown}: {holder} is a file, so nothing can be in it. Choose another name.")
+
+
 def read_text_file(path: Path, what: str, at_most: int = MAX_TEXT_BYTES) -> str:
     """The UTF-8 text in the file at `path`, which messages call `what`, such as the option that named it.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.cache_format.storage import MAX_SMALL_FILE, local_workspace
-from fastcache.errors import BusyError, FormatError, InputError, IntegrityError, StorageError
+from fastcache.errors import BusyError, FormatError, InputError, IntegrityError, StorageError, first_line, quoted
 from fastcache.extras import require_packages
 
 LEASE = ".writer"
@@ -28,6 +28,10 @@ class ObjectStorage:
 
     def __init__(self, address: str) -> None:
         """Raises `InputError` for an address that obstore doesn't know."""
+        if address.startswith("memory://"):
+            raise InputError(
+                f"{quoted(address)} ends with the process: what is written there is lost. Name a bucket or folder."
+            )
         require_packages(address, "s3", "obstore")
         from obstore.exceptions import BaseError
         from obstore.store import from_url
@@ -36,7 +40,7 @@ class ObjectStorage:
         try:
             self._store = from_url(self._url, client_options={"allow_http": True})
         except (BaseError, ValueError) as error:
-            raise InputError(f"{address} is no address that can be opened ({_short(error)}).") from error
+            raise InputError(f"{address} is no address that can be opened ({first_line(error)}).") from error
         self._versions: dict[str, str | None] = {}
         self._lease: str | None = None
 
@@ -167,20 +171,21 @@ class ObjectStorage:
 
         try:
             yield
+        except NotImplementedError as error:
+            raise InputError(
+                f"{self._url} can be read only, if at all ({first_line(error)}). Write into a bucket (s3://, gs://) or a "
+                "folder."
+            ) from error
         except (BaseError, FileNotFoundError) as error:
             if may_be_missing and isinstance(error, FileNotFoundError):
                 raise
-            raise StorageError(f"{self._url}/{name}: the object store says: {_short(error)}") from error
+            raise StorageError(f"{self._url}/{name}: the object store says: {first_line(error)}") from error
 
 
 def _obstore() -> Any:
     import obstore
 
     return obstore
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

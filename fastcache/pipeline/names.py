@@ -6,6 +6,7 @@ folder, a capital letter, a blank), a short hash of all of it follows, so that `
 
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -38,6 +39,11 @@ def _with_hash(readable: str, whole: str) -> str:
     return f"{short}-{hashlib.sha256(whole.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
+def _real(path: Path) -> Path:
+    """The absolute path with its links followed, as far as they lead anywhere: `resolve` raises at a loop of links."""
+    return Path(os.path.realpath(path))
+
+
 def _is_faithful(text: str) -> bool:
     """Whether a text can be a part of a file name as it stands."""
     return slug(text) == text and len(text.encode()) <= MAX_BYTES
@@ -63,7 +69,7 @@ def model_name(model: str) -> str:
     """A name for what is made from a model: of `Qwen/Qwen2.5-7B` the second half, which has the first in it already."""
     if Path(model).exists():
         path = Path(model)
-        return _with_hash(path.resolve().name, str(path))
+        return _with_hash(_real(path).name, str(path))
     if not _is_on_hub(model):
         return model if _is_faithful(model) else _with_hash(model, model)
     owner, name = model.lower().split("/")
@@ -79,8 +85,8 @@ def output_name(output: str) -> str:
     """
     if "://" in output:
         return _with_hash(output, output)
-    path = Path(output).resolve()
-    for base in (RUNS.resolve(), Path.cwd()):
+    path = _real(Path(output))
+    for base in (_real(RUNS), Path.cwd()):
         if path != base and path.is_relative_to(base):
             parts = path.relative_to(base).parts
             name = "--".join(parts)
@@ -93,5 +99,5 @@ def output_name(output: str) -> str:
 
 def study_name(file: Path) -> str:
     """A name for what is made from a study file: that of the file, for one in the working directory or of fastcache."""
-    is_near = file.resolve().parent == Path.cwd() or file.is_relative_to(RECIPES)
-    return file.stem if is_near and _is_faithful(file.stem) else _with_hash(file.stem, str(file.resolve()))
+    is_near = _real(file).parent == Path.cwd() or file.is_relative_to(RECIPES)
+    return file.stem if is_near and _is_faithful(file.stem) else _with_hash(file.stem, str(_real(file)))

@@ -80,6 +80,18 @@ def settings_options(cls: type[Any]) -> Decorator:
     return decorate
 
 
+class LocalPath(click.Path):
+    """A path of this machine: an address would otherwise become a folder called `s3:`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse an address and an empty name."""
+        if isinstance(value, str) and "://" in value:
+            self.fail(f"{quoted(value)} is an address. Only caches can be in a bucket; give a local path.", param, ctx)
+        if value == "":
+            self.fail("It is empty; give a path.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class AddressOrPath(click.Path):
     """A path, or the address of a bucket."""
 
@@ -87,6 +99,8 @@ class AddressOrPath(click.Path):
         """Leave an address as it is."""
         if isinstance(value, str) and "://" in value:
             return value
+        if value == "":
+            self.fail("It is empty; give a path.", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -97,7 +111,7 @@ def output_options(
     fresh_help = "Start over: remove what an earlier run left in the output directory."
     function = click.option("--fresh", is_flag=True, help=fresh_help)(function)
     out_help = f"Output directory.  [default: {default}]"
-    kind = AddressOrPath(path_type=Path) if remote else click.Path(path_type=Path)
+    kind = AddressOrPath(path_type=Path) if remote else LocalPath(path_type=Path)
     return click.option("--out", type=kind, metavar="DIR", help=out_help)(function)
 
 

@@ -7,7 +7,7 @@ import click
 
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
-from fastcache.pipeline.options import resolve, settings_options
+from fastcache.pipeline.options import LocalPath, resolve, settings_options
 from fastcache.stages.interpret.config import DashboardConfig
 
 HELP = """Show the latents that `fastcache interpret` described, with their scores, in the browser.
@@ -25,7 +25,7 @@ Examples:
 
 @click.command(cls=Command, help=HELP)
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.  [default: below the latents]"
+    "--out", type=LocalPath(path_type=Path), metavar="DIR", help="Folder to write.  [default: below the latents]"
 )
 @settings_options(DashboardConfig)
 def command(out: Path | None, **given: Any) -> None:

@@ -6,6 +6,7 @@ import click
 
 from fastcache.config import parse_number
 from fastcache.pipeline.command import Command
+from fastcache.pipeline.options import LocalPath
 
 HELP = """Run the whole pipeline on a small embedded chat model, offline: three data methods, two layers, two
 architectures, held-out figures and an HTML report. Takes minutes; interrupted, it resumes.
@@ -21,7 +22,7 @@ MOST_TOKENS = 10**12
 
 @click.command(cls=Command, help=HELP)
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("fastcache-runs/demo"), show_default=True, metavar="DIR"
+    "--out", type=LocalPath(path_type=Path), default=Path("fastcache-runs/demo"), show_default=True, metavar="DIR"
 )
 @click.option("--tokens", default="160_000", show_default=True, metavar="N", help="Tokens to cache for each method.")
 @click.option("--fresh", is_flag=True, help="Start over: remove what an earlier demo left in DIR.")

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from fastcache.pipeline.command import Command
-from fastcache.pipeline.options import AddressOrPath, field_options
+from fastcache.pipeline.options import AddressOrPath, LocalPath, field_options
 from fastcache.stages.train.config import ShuffleConfig
 
 HELP = """Show what is in a corpus, a cache, a trained SAE, or any other output of fastcache, finished or not.
@@ -29,7 +29,7 @@ Examples:
 @click.option("--shuffle", is_flag=True, help="Measure how well training would mix this cache.")
 @field_options(ShuffleConfig)
 @click.option(
-    "--corpus", type=click.Path(path_type=Path), metavar="DIR",
+    "--corpus", type=LocalPath(path_type=Path), metavar="DIR",
     help="With --shuffle: the cache's corpus, to measure drift by source too.",
 )  # fmt: skip
 def command(path: Path | str, shuffle: bool, corpus: Path | None, **given: Any) -> None:

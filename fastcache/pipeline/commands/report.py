@@ -1,5 +1,6 @@
 """`fastcache report`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def command(**given: Any) -> None:
         if note := not_evaluated(read_runs(config.sae)):
             click.echo(note, err=True)  # standard output is the table alone
         return
-    progress, html = RichProgress(make_console()), Path(config.html).resolve()
+    progress, html = RichProgress(make_console()), Path(os.path.realpath(config.html))
     if config.watch is None:
         write_report(config)
     else:

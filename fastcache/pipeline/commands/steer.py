@@ -12,7 +12,7 @@ from fastcache.figures import count, figure, percent, setting
 from fastcache.pipeline.command import Group
 from fastcache.pipeline.console import RichProgress, make_console, printable
 from fastcache.pipeline.names import RUNS, output_name
-from fastcache.pipeline.options import output_options, resolve, settings_options
+from fastcache.pipeline.options import LocalPath, output_options, resolve, settings_options
 from fastcache.pipeline.tables import Column, FullTable, figure_columns, name_columns, print_table
 from fastcache.stages.steer.config import FindConfig, SteerConfig
 
@@ -74,7 +74,7 @@ def _show(console: Console, prompt: str, rows: list[dict[str, Any]]) -> None:
 
 
 @command.command(name="find", help=FIND_HELP)
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="CSV to write.  [default: beside the SAE]")
+@click.option("--out", type=LocalPath(path_type=Path), metavar="FILE", help="CSV to write.  [default: beside the SAE]")
 @settings_options(FindConfig)
 def find_command(out: Path | None, **given: Any) -> None:
     """Find latents of special tokens."""

@@ -108,7 +108,7 @@ class Collector:
 
     def _draw(self, acts: Tensor, rows: Tensor, latents: Tensor, bins: Tensor, dialogue: int) -> None:
         """Of all activations in a bin that with the largest random number stays: each is as likely as any other."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + dialogue)
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + dialogue) % 2**63)
         keys = 1 - torch.rand(len(rows), generator=generator).to(acts.device)  # above 0
         cells = latents * BINS + bins
         largest = torch.zeros(self.drawn.key.numel(), device=acts.device).scatter_reduce_(0, cells, keys, "amax")

@@ -22,7 +22,7 @@ class InterpretConfig(Settings):
         at_least=1,
         at_most=10_000,
     )
-    window: int = option(16, help="Tokens to keep on each side of a context's token.", at_least=0, at_most=10_000)
+    window: int = option(16, help="Tokens to keep on each side of a context's token.", at_least=0, at_most=1024)
     neighbours: int = option(
         5, help="Latents with the most similar decoder rows to give for each.", at_least=0, at_most=10_000
     )

@@ -1,5 +1,6 @@
 """The interpret stage: one pass over a held-out cache says what every latent is active on."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _about(config: InterpretConfig, cache: Cache, info: dict[str, Any], collecte
     """What the tables are of, for those who read them without SAE and cache."""
     return {
         "sae": {
-            "name": Path(config.sae).resolve().name,
+            "name": Path(os.path.realpath(config.sae)).name,
             "fingerprint": fingerprint(info),
             "model": info["model"]["name"],
             "hook_point": info["hook_point"],

@@ -35,7 +35,7 @@ class PrepareConfig:
         0.0,
         help="Drop near duplicates of at least this Jaccard similarity too, by MinHash; 0 is off.",
         at_least=0,
-        at_most=1,
+        at_most=0.98,  # above it, 128 permutations make a single band, which datasketch refuses
     )
     model: str | None = option(
         None, help="Count token lengths, on a sample, as this model's chat template renders them."

@@ -17,6 +17,7 @@ from fastcache.stages.report.paper import compared
 from fastcache.stages.report.runs import Run, not_evaluated, read_runs
 from fastcache.stages.report.series import Panel, at_equal_l0, best, panels
 from fastcache.stages.report.tables import table
+from fastcache.text_files import require_output_file
 
 L0_CAPTION = (
     "Lower FVU at the same L0 is better. A line joins SAEs that differ in sparsity alone; bars reach from the lowest to the "
@@ -37,6 +38,7 @@ def require_report_packages() -> None:
 def write_report(config: ReportConfig) -> None:
     """Write the page; raises `InputError` for a folder that holds no SAE, finished or not."""
     require_report_packages()
+    require_output_file(Path(config.html), "--html")
     _write_page(config, read_runs(config.sae))
 
 
@@ -49,6 +51,7 @@ def report_table(config: ReportConfig) -> str:
 def watch_report(config: ReportConfig, seconds: float) -> None:
     """Write the page anew every so many seconds until all runs are done; raises what `write_report` raises."""
     require_report_packages()
+    require_output_file(Path(config.html), "--html")
     before: dict[Path, Run] = {}
     speeds: Speeds = {}
     while True:

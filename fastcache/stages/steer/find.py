@@ -18,6 +18,7 @@ from fastcache.progress import Progress
 from fastcache.sae.architectures import Sae
 from fastcache.sae.of_cache import load_sae_of, open_held_out
 from fastcache.stages.steer.config import FindConfig
+from fastcache.text_files import require_output_file
 
 
 class Found(NamedTuple):
@@ -34,6 +35,7 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
 
     Raises `InputError` for a cache of training rows or of blocks, `MismatchError` for an SAE of another model or layer.
     """
+    require_output_file(out, "--out")
     cache = open_held_out(config.cache, "steer", config.allow_train)
     sae, info = load_sae_of(cache, Path(config.sae))
     device = choose_device(config.device)

@@ -1,6 +1,7 @@
 """Judged SAEs beside each other: the paper's figures (shares of the scores, their distribution by data method) as a page."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastcache.extras import page_template, require_packages
 from fastcache.files import make_directory, read_json, require_fields, write_bytes_atomic
 from fastcache.stages.interpret.config import ScoresConfig
 from fastcache.stages.interpret.judge.tables import CSV_FILE, SCORES, SCORES_FILE, SUMMARY_FILE, to_csv
+from fastcache.text_files import require_output_file
 
 CONFIDENCE_Z = 1.96
 COLOURS = ("#ced4da", "#a5d8ff", "#4dabf7", "#1c7ed6", "#0b4a8a")
@@ -26,6 +28,10 @@ def compare(config: ScoresConfig) -> list[Summary]:
     Raises `InputError` for a folder that holds no scores, `MismatchError` for scores of different judges.
     """
     require_packages("The page of scores", "report", "matplotlib", "jinja2")
+    for option, path in (("--html", config.html), ("--csv", config.csv)):
+        require_output_file(Path(path), option)
+    if os.path.realpath(config.html) == os.path.realpath(config.csv):
+        raise InputError(f"--html and --csv both name {config.html}. Give them different names.")
     found = sorted(((_read(Path(folder)), Path(folder)) for folder in config.judged), key=lambda each: _rank(each[0]))
     if len({summary["judge"] for summary, _ in found}) > 1:
         judges = ", ".join(sorted({str(summary["judge"]) for summary, _ in found}))

@@ -11,6 +11,7 @@ from fastcache.extras import require_packages
 from fastcache.files import parse_json
 from fastcache.progress import Progress, Task
 from fastcache.stages.interpret.config import JudgeConfig
+from fastcache.stages.interpret.judge.event_loop import run_coroutine
 from fastcache.stages.interpret.judge.keys import Key, check_address
 from fastcache.stages.interpret.judge.log import AnswerLog
 from fastcache.stages.interpret.judge.prompts import Prompt
@@ -72,7 +73,7 @@ class Endpoint:
         that are under way then are still waited for.
         """
         with progress.task("judge", len(prompts), "prompts") as task:
-            asyncio.run(self._ask(iter(prompts), task))
+            run_coroutine(self._ask(iter(prompts), task))
         if self._stop:
             raise self._stop
         return self._n_failed
