@@ -6,7 +6,7 @@ INTEROP := .venv-interop
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-faults test-interop test-vllm lint package bench clean
+.PHONY: demo test test-faults mutants test-interop test-vllm lint package bench clean
 
 demo: $(VENV)/.runs
 	$(BIN)/fastcache demo
@@ -16,8 +16,13 @@ test: $(VENV)/.develops
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-faults: $(VENV)/.develops
-	$(BIN)/python -m pytest -m "long or not long" tests/test_faults.py tests/test_attacks.py tests/test_verify.py \
-		tests/test_resume.py tests/test_add_layer.py tests/test_plan.py tests/test_reproducible.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long or not long" tests/test_kills.py tests/test_commits.py \
+		tests/test_full_disks.py tests/test_faults.py tests/test_bits.py tests/test_attacks.py tests/test_verify.py \
+		tests/test_resume.py tests/test_reproducible.py tests/test_add_layer.py tests/test_plan.py tests/test_sweep.py
+
+# Changes a module one thing at a time and lists what no test notices: make mutants MODULE=fastcache/files.py
+mutants: $(VENV)/.develops
+	$(BIN)/python tools/mutate.py $(MODULE)
 
 # SAELens and dictionary-learning want other packages than we do: they get an environment of their own.
 test-interop: $(INTEROP)/.develops

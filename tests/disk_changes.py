@@ -20,7 +20,7 @@ class Changes:
     """
 
     def __init__(self, root, seen):
-        self.root, self.seen = os.path.realpath(root), seen
+        self.root, self.seen = str(Path(root).resolve()), seen
         self._fsync, self._write = os.fsync, os.write
 
     def __enter__(self):
@@ -89,17 +89,28 @@ _KINDS = {
 }
 
 
-def run_and_die(words, root, change):
-    """Run a command that is killed at the change of this number below `root`, counted from 1."""
-    from fastcache.pipeline.cli import main
-
+def signal_at(root, change, number=signal.SIGKILL, name=""):
+    """Give this process a signal at a change below `root`: the one of this number, from 1, among those of such a name."""
     left = change
 
-    def seen(*_change):
+    def seen(_kind, path, _source):
         nonlocal left
-        left -= 1
+        left -= name in path
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            left = -1
+            os.kill(os.getpid(), number)
 
-    with Changes(root, seen):
+    return Changes(root, seen)
+
+
+def run_and_die(words, root, change, name=""):
+    """Run a command of our command line that is killed at a change; see `signal_at`."""
+    run_and_signal(words, root, change, signal.SIGKILL, name)
+
+
+def run_and_signal(words, root, change, number, name=""):
+    """Run a command of our command line that gets a signal at a change; see `signal_at`."""
+    from fastcache.pipeline.cli import main
+
+    with signal_at(root, change, number, name):
         main([str(word) for word in words])

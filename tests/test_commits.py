@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -136,12 +137,17 @@ KNOWN = {
     ("cache_format/storage.py", "mkdir"),  # a workspace, which `publish_folder` makes durable
     ("stages/train/checkpoint.py", "save_file"),  # into a `new_folder`
     ("llm/vllm_backend/arena.py", "ftruncate"),  # shared memory
+    ("llm/vllm_backend/arena.py", "os.open"),
+    ("pipeline/output.py", "open"),  # standard output and standard error
+    ("pipeline/output.py", "os.open"),
 }
 
 
 def writes(call):
     """The name by which a call writes to a disk, if it does."""
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if ast.unparse(call.func) == "os.open":
+        return "os.open" if re.search("O_(WRONLY|RDWR|CREAT|APPEND)", ast.unparse(call)) else None
     if ast.unparse(call.func).startswith("shutil."):
         name = f"shutil.{name}"
     if name == "open":

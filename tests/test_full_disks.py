@@ -1,19 +1,29 @@
 """Disks that take no more: every command says so in one paragraph, keeps what it had, and goes on when there is room."""
 
 import errno
+import os
 import resource
 import shutil
 import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
 
 import pytest
+import synthetic
 from commands import COMMANDS, files_of
+from conftest import tree_bytes
 from processes import run_to_its_end
 
+from fastcache.cache_format.manifest import Log
+from fastcache.cache_format.storage import LocalStorage
 from fastcache.disk import disk_error, disk_errors
 from fastcache.errors import FormatError, SpaceError, StorageError
 from fastcache.pipeline.cli import main
 
 ENOUGH = 64 * 2**20
+TESTS = Path(__file__).parent
 
 
 def limit_files(n_bytes):
@@ -125,6 +135,93 @@ def test_a_full_disk_is_told(name, command_inputs, undisturbed, small_disk):
 def test_a_disk_that_is_full_at_any_moment_is_told_by_every_command(name, command_inputs, undisturbed, small_disk):
     told = [fill(name, share, command_inputs, small_disk, undisturbed) for share in (0.0, 0.2, 0.4, 0.6, 0.8)]
     assert sum(told) >= 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of an undisturbed cache."""
+    root = tmp_path_factory.mktemp("whole")
+    synthetic.write(root)
+    return tree_bytes(root)
+
+
+def child(code, *arguments, **options):
+    """A process that runs `code` with what the tests import."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+
+
+def leftovers(root):
+    return list((root / "parts").glob(".*"))
+
+
+# A cache
+
+LIMITED = """
+    import resource, sys, pathlib, synthetic
+    from fastcache.errors import FastcacheError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+    try:
+        synthetic.write(pathlib.Path(sys.argv[1]))
+    except FastcacheError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize("limit", [60, 300, 700, 2000, 4500, 6000])
+def test_a_file_that_may_not_grow_is_told_and_leaves_nothing_half_done(limit, whole, tmp_path):
+    done = child(LIMITED, tmp_path / "cache", limit)
+    assert done.stderr.startswith("SpaceError: "), done.stderr
+    assert "the same command goes on from there" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert leftovers(tmp_path / "cache") == []
+    synthetic.write(tmp_path / "cache")
+    assert tree_bytes(tmp_path / "cache") == whole
+
+
+@pytest.mark.parametrize("kilobytes", [4, 40, 120, 200, 300])
+def test_a_full_disk_is_told_and_given_its_space_back(kilobytes, whole, small_disk):
+    root = small_disk(kilobytes * 1024) / "cache"
+    with pytest.raises(SpaceError, match=r"the disk is full.*Free some space.*goes on from there"):
+        synthetic.write(root)
+    assert leftovers(root) == []
+    kept = {one.index for one in Log(LocalStorage(root)).records}
+    small_disk(ENOUGH)
+    synthetic.write(root)
+    assert tree_bytes(root) == whole
+    assert kept != set(range(len(synthetic.LENGTHS)))
+
+
+READ_ONLY = """
+    import os, pathlib, sys, synthetic
+    from fastcache.errors import FastcacheError
+    synthetic.write(pathlib.Path(sys.argv[1]))  # all modules are loaded now
+    if os.getuid() == 0:
+        os.setgid(65534), os.setuid(65534)  # root may write everywhere
+    try:
+        synthetic.write(pathlib.Path(sys.argv[2]))
+    except FastcacheError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize("made_before", ["nothing", "cache"])
+def test_a_folder_that_may_not_be_written_is_told(made_before, tmp_path):
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        if made_before == "cache":
+            synthetic.write(place, synthetic.LENGTHS[:1])
+            (place / "manifest.json").unlink()
+            (place / "parts.jsonl").unlink()
+        before = tree_bytes(place)
+        place.chmod(0o555)
+        done = child(READ_ONLY, tmp_path / "cache", place)
+        place.chmod(0o755)
+        assert done.stderr.startswith("StorageError: "), done.stderr
+        assert "Permission denied" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert tree_bytes(place) == before
 
 
 # What libraries say

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -43,12 +44,20 @@ def test_retry_after_is_waited_for(latents, tmp_path):
 
 
 def test_a_slow_answer_is_given_up_and_asked_for_again(latents, tmp_path):
-    slow = iter([1.0])
-    with serve(lambda body: Reply(good(body), after=next(slow, 0.0))) as server:
-        summary = run(latents, tmp_path / "out", server, count=2, timeout=0.3)
+    slow, asked_again = iter([True]), threading.Event()
+
+    def answer(body):
+        if next(slow, False):
+            asked_again.wait()  # longer than anybody waits
+        elif len(server.asked) == 3:
+            asked_again.set()
+        return good(body)
+
+    with serve(answer) as server:
+        summary = run(latents, tmp_path / "out", server, count=2, timeout=3)
     assert summary["scored"] == 2
     assert len(server.asked) == 3
-    assert "no answer in 0.3 s" in (tmp_path / "out" / "answers.jsonl").read_text()
+    assert "no answer in 3 s" in (tmp_path / "out" / "answers.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +174,14 @@ def test_an_endpoint_that_is_down_is_given_up(latents, tmp_path):
 
 
 def test_a_killed_run_asks_only_for_what_is_missing(latents, tmp_path):
-    with serve(lambda body: Reply(good(body), after=0.1)) as server:
+    first, killed = threading.Semaphore(4), threading.Event()
+
+    def answer(body):
+        if not first.acquire(blocking=False):
+            killed.wait()
+        return good(body)
+
+    with serve(answer) as server:
         command = [
             sys.executable,
             "-c",
@@ -186,10 +202,10 @@ def test_a_killed_run_asks_only_for_what_is_missing(latents, tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        time.sleep(0.3)
+        killed.set()
         before = len(server.asked)
         summary = run(latents, tmp_path / "out", server)
     assert summary["scored"] == 12
-    assert before <= 7
+    assert before <= 6  # 4 were answered, and 2 are asked at a time
     assert len(server.asked) <= 12 + 2  # those that were under way
     assert len(server.asked) <= summary["requests"] <= len(server.asked) + 2  # noted before it is sent

@@ -58,10 +58,8 @@ def test_a_gateway_that_gives_up_may_have_cost_the_answer(latents, tmp_path):
 
 
 def test_a_request_without_an_answer_counts_with_the_most_it_may_have_cost(latents, tmp_path):
-    with serve(lambda body: Reply(good(body), after=0.5)) as server, pytest.raises(BudgetError):
-        run(
-            latents, tmp_path / "out", server, price_in=0, price_out=1e6 / 512, max_cost=2.5, timeout=0.1, concurrency=1
-        )
+    with serve(lambda body: Reply(good(body), after=4)) as server, pytest.raises(BudgetError):
+        run(latents, tmp_path / "out", server, price_in=0, price_out=1e6 / 512, max_cost=2.5, timeout=1, concurrency=1)
     assert len(server.asked) == 2
 
 

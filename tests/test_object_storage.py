@@ -1,13 +1,14 @@
 """The same cache in a bucket, against a real S3 endpoint (moto's server)."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import run_extract, tree_bytes
-from processes import kill, start, wait_for
+from processes import start
 
 import fastcache
 from fastcache.cache_format.manifest import Log
@@ -105,11 +106,25 @@ def test_reading_rows_asks_for_their_ranges_only(bucket, tiny_qwen, chat_corpus,
     assert units[1:] == [256 * cache.d_in * 4]  # after the index, one unit
 
 
+def extract_and_die(model, corpus, address):
+    """Killed when the files of the second part are there, and its line isn't."""
+    publish = ObjectStorage.publish
+
+    def dying(self, workspace, name):
+        publish(self, workspace, name)
+        if name == "parts/00000001":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ObjectStorage.publish = dying
+    run_extract(model, corpus, address)
+
+
 def test_an_extraction_into_a_bucket_that_was_killed_is_gone_on_with(bucket, local, tiny_qwen, chat_corpus):
     address = f"{bucket}/cache"
-    process = start(run_extract, tiny_qwen, chat_corpus, address)
-    wait_for(lambda: ObjectStorage(address).sizes("parts/00000001"), process)
-    kill(process)
+    process = start(extract_and_die, tiny_qwen, chat_corpus, address)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(Log(ObjectStorage(address)).records) == 1
     assert ObjectStorage(address).sizes("parts/00000001")
     assert LEASE in ObjectStorage(address).sizes("")
     run_extract(tiny_qwen, chat_corpus, address)

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from corpora import dialogue, run, write
 
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError, MismatchError
+from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.stages.prepare import dedup, reading, staging
 from fastcache.stages.prepare.config import PrepareConfig
@@ -97,30 +100,55 @@ def test_the_ledger_file_settles_every_input_row(tmp_path):
     assert sorted(row["row"] for row in ledger if row["row"] is not None) == [0, 1]
 
 
+def is_worker(pid):
+    try:
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def workers_end_with_it(pids):
+    """Waits for them; the time limit of the test ends it if they outlive the command that was killed."""
     assert pids
-    deadline = time.monotonic() + 60
-    while any("prepare" in Path(f"/proc/{pid}/cmdline").read_text() or "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
-              for pid in pids if Path(f"/proc/{pid}").exists()):  # fmt: skip
-        assert time.monotonic() < deadline, "workers outlive the command that was killed"
+    while any(map(is_worker, pids)):
         time.sleep(0.05)
+
+
+DIES = """
+    import multiprocessing, os, pathlib, signal, sys
+    from concurrent.futures import ProcessPoolExecutor
+    from fastcache.pipeline.cli import main
+
+    plain = ProcessPoolExecutor.submit
+
+    def die(_future):
+        pids = [str(process.pid) for process in multiprocessing.active_children()]
+        pathlib.Path(sys.argv[1]).write_text(" ".join(pids))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def submit(self, *arguments):
+        future = plain(self, *arguments)
+        future.add_done_callback(die)
+        return future
+
+    ProcessPoolExecutor.submit = submit
+    main(sys.argv[2:])
+"""
+"""Runs a command that is killed when one of its worker processes has done its first work; the first argument is a file
+for the numbers of the workers."""
 
 
 def test_preparation_killed_and_resumed_gives_the_same_corpus(tmp_path):
     path = write(tmp_path / "rows.jsonl", many_dialogues(60_000))
-    arguments = [sys.executable, "-c", "from fastcache.pipeline.cli import main; main()", "prepare", "--source", path]
-    process = subprocess.Popen([*arguments, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    words = ["prepare", "--source", path, "--workers", "2", "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-c", textwrap.dedent(DIES), str(tmp_path / "workers"), *words]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
     staged = tmp_path / "killed/.work/staged"
-    while not list(staged.glob("*.json")) and process.poll() is None:
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    workers_end_with_it(children)
+    workers_end_with_it((tmp_path / "workers").read_text().split())
     first = {chunk.name: chunk.stat().st_mtime_ns for chunk in staged.glob("*.json")}
     assert first
     assert not (tmp_path / "killed/corpus.json").exists()
-    subprocess.run([*arguments, "--out", str(tmp_path / "killed")], check=True, capture_output=True)
+    main(words)
     whole, _ = run(tmp_path / "whole", path)
     assert json.loads((tmp_path / "killed/corpus.json").read_text())["fingerprint"] == whole["fingerprint"]
     assert not (tmp_path / "killed/.work").exists()

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
 from conftest import edit_manifest, run_extract, tree_bytes
 from crc32c import crc32c
-from processes import kill, n_lines, start_command, wait_for
+from disk_changes import run_and_die
+from processes import kill, n_lines, start, start_command, wait_for
 from test_cache_format import log_line
 
 import fastcache
@@ -394,18 +396,10 @@ def test_a_repair_killed_anywhere_goes_on(cache, small_cache):
     for part in (0, 1, 2):
         flip(cache / f"parts/{part:08d}/{HOOK}/c/0/0")
     flip(cache / "parts.jsonl", 300)
-    seen = set()
-
-    def moment():
-        part = cache / "parts/.00000000.tmp"
-        return (part.exists(), n_lines(cache / "parts.jsonl"))
-
-    for _ in range(3):
-        process = start_command("repair", cache)
-        before = moment()
-        wait_for(lambda b=before: moment() != b, process)
-        seen.add(moment())
-        kill(process)
-    assert len(seen) > 1
+    # While the log is written, while the first part is built, and while the second one gets its name.
+    for moment in ((2, "parts.jsonl"), (30, "parts/.00000000.tmp"), (1, "parts/00000001")):
+        process = start(run_and_die, ["repair", cache], cache, *moment)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     main(["repair", str(cache)])
     assert tree_bytes(cache) == tree_bytes(small_cache)

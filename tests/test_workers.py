@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import edit_manifest, run_extract, tree_bytes
-from processes import forks, start_command, wait_for
+from disk_changes import Changes
+from processes import forks, start
 from safetensors.numpy import load_file, save_file
 
 import fastcache
 from fastcache.errors import InputError, NonFiniteError
+from fastcache.pipeline.cli import main
 
 HOOK = "resid_post.1"
 UNIT = 400
@@ -41,11 +43,26 @@ def test_any_number_of_workers_makes_the_same_cache(alone, tiny_qwen, chat_corpu
 
 
 def _children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def _is_worker(pid):
     return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def run_and_kill_a_worker(words, root):
+    """Run a command of our command line; one of its workers is killed when the first line of the log is written."""
+    killed = []
+
+    def seen(_kind, path, _source):
+        if path.endswith("parts.jsonl") and not killed:
+            killed.append(next(pid for pid in _children(os.getpid()) if _is_worker(pid)))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with Changes(root, seen):
+        main([str(word) for word in words])
+    assert killed
 
 
 def test_a_worker_that_is_killed_loses_nothing(alone, tiny_qwen, chat_corpus, tmp_path):
@@ -59,9 +76,7 @@ def test_a_worker_that_is_killed_loses_nothing(alone, tiny_qwen, chat_corpus, tm
         "parity": 2,
     }
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
-    process = start_command("extract", *options, "--workers", 2, "--out", out)
-    wait_for((out / "parts.jsonl").exists, process)
-    os.kill(next(pid for pid in _children(process.pid) if _is_worker(pid)), signal.SIGKILL)
+    process = start(run_and_kill_a_worker, ["extract", *options, "--workers", 2, "--out", out], out)
     process.join()
     assert process.exitcode == 0
     assert parts_of(out) == parts_of(alone)
