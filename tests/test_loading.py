@@ -15,8 +15,6 @@ from fastcache.llm import loading, reference
 from fastcache.llm.decoder import unknown_weights
 from fastcache.llm.loading import (
     ModelSource,
-    count_by_layer,
-    count_parameters,
     load_config,
     load_decoder,
     load_language_model,
@@ -24,6 +22,7 @@ from fastcache.llm.loading import (
 )
 from fastcache.llm.parity import check_parity
 from fastcache.llm.reference import Reference
+from fastcache.llm.sizes import count_by_layer, count_parameters
 from fastcache.llm.splicing import SplicedModel
 from fastcache.llm.transformers_backend import TransformersBackend
 from fastcache.stages.extract import memory

@@ -118,7 +118,7 @@ def cut_class(cls: Any, n_layers: int, n_kept: int) -> Any:
 def changed_class(cls: Any, change: Callable[[Any], None]) -> Any:
     """A subclass of `cls` whose new, still empty instances are changed by `change` before weights are read."""
 
-    class Changed(cls):  # type: ignore[misc]
+    class Changed(cls):
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
             change(self)

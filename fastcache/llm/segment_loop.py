@@ -89,6 +89,7 @@ def _joined(outputs: list[Any], lengths: list[int]) -> Any:
     if not isinstance(outputs[0], Tensor):
         return outputs[0]
     dimension = TOKEN_DIMENSION.get(outputs[0].dim(), -1)
-    if [part.shape[dimension] for part in outputs] != lengths:
+    others = {part.shape[:dimension] + part.shape[dimension + 1 :] for part in outputs}
+    if len(others) > 1 or [part.shape[dimension] for part in outputs] != lengths:
         return None  # attention weights, for example
     return cat(outputs, dim=dimension)

@@ -173,8 +173,8 @@ class TransformersBackend:
         self._is_eager = plain == "eager"
         self._chunks = chunks_of(self._config)
         reason = ""
-        for self._takes_boundaries, modules in self._ways():
-            self._loops = SegmentLoops(modules)
+        for takes_boundaries, modules in self._ways():
+            self._takes_boundaries, self._loops = takes_boundaries, SegmentLoops(modules)
             for self._shortest in shortest_packed():
                 reason, is_rounding = self._difference(sequences, alone)
                 if not is_rounding:
@@ -193,10 +193,10 @@ class TransformersBackend:
         # Llama 4 scales queries by places that it counts itself, over the whole pack.
         looped = attention_modules(self._layers) if "chunked_attention" in kinds else []
         stateful = stateful_modules(self._layers)
-        yield bool(stateful), looped
+        # Which experts get few tokens, and so round otherwise, the sequences of the self-check can't all show.
+        experts = expert_modules(self._layers) if self._is_exact else []
+        yield bool(stateful), [*looped, *experts]
         if stateful:
-            yield False, [*looped, *stateful]
-        if self._is_exact and (experts := expert_modules(self._layers)):
             yield False, [*looped, *stateful, *experts]
 
     @property

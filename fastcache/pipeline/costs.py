@@ -9,7 +9,8 @@ import numpy as np
 from fastcache import figures
 from fastcache.cache_format.schema import STORED_DTYPES
 from fastcache.corpus import CORPUS_FILE, Corpus
-from fastcache.llm.loading import ModelSource, count_parameters, load_config
+from fastcache.llm.loading import ModelSource, load_config
+from fastcache.llm.sizes import count_parameters
 from fastcache.pipeline.names import RUNS
 from fastcache.pipeline.study import ModelSize, Study
 from fastcache.stages.extract.plan import TOKEN_BYTES

@@ -12,8 +12,8 @@ from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import layer_of
 from fastcache.cache_format.writer import QUEUE_BYTES
 from fastcache.llm.backend import default_pack_tokens
-from fastcache.llm.loading import count_by_layer, count_parameters
 from fastcache.llm.parity import spread
+from fastcache.llm.sizes import count_by_layer, count_parameters
 from fastcache.llm.transformers_backend import DTYPES
 from fastcache.llm.vllm_backend.backend import arena_rows
 from fastcache.memory import free_memory, process_bytes
