@@ -14,7 +14,8 @@ from fastcache.config import as_dict, from_mapping
 from fastcache.errors import FastcacheError
 from fastcache.files import parse_json, read_json
 from fastcache.origins import cache_of_sae
-from fastcache.pipeline.places import RUNS, cache_place
+from fastcache.pipeline.names import RUNS
+from fastcache.pipeline.places import cache_place
 from fastcache.stages.extract.config import ExtractConfig
 
 Command = list[str]
