@@ -20,7 +20,7 @@ from fastcache.cache_format.manifest import Manifest
 from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import hook_point
 from fastcache.cache_format.writer import CacheWriter
-from fastcache.llm.loading import ModelSource, decoder_layers, load_base_model
+from fastcache.llm.loading import ModelSource, load_decoder
 from fastcache.llm.transformers_backend import TransformersBackend, packs
 
 BLOCK = 2048
@@ -76,13 +76,13 @@ def packed_without_writing(task: Task) -> Work:
 
 def packed_without_capture(task: Task) -> Work:
     backend = task.backend()
-    decoder_layers(backend._model, task.layer + 1)[-1]._forward_hooks.clear()
+    backend._layers[-1]._forward_hooks.clear()
     return lambda: [backend._run(pack) for pack in packs(task.instances, backend._pack_tokens, backend._shortest)]
 
 
 def plain(task: Task, batches: list[dict[str, torch.Tensor]]) -> Work:
     """Forward passes of the base model cut after the layer, nothing captured."""
-    base = load_base_model(ModelSource(str(task.model)), task.layer + 1, torch.float32, "cpu")
+    base = load_decoder(ModelSource(str(task.model)), task.layer + 1, torch.float32, "cpu").model
 
     @torch.inference_mode()
     def work() -> None:

@@ -1,6 +1,6 @@
 """A table of model architectures: whether `extract` gives the residual stream of the plain model, and how it runs it.
 
-    python tools/model_table.py MODELS [NAME ...] [--out docs/models.md] [--tokens 2000]
+    python tools/model_table.py MODELS [NAME ...] [--out docs/models.md] [--tokens 700]
 
 MODELS is a folder of checkpoints, or a script that makes one: it is called as `python MODELS FOLDER [NAME ...]`. Every
 checkpoint goes through the whole of `extract` with the demo corpus, into float32 caches, twice: cut after the second
@@ -100,7 +100,7 @@ def row(folder: Path, corpus: Path, tokens: int) -> Row:
         try:
             with tempfile.TemporaryDirectory() as out:
                 settings = ExtractConfig(
-                    model=str(folder), layer=tuple(layers), tokens=tokens, dtype="float32", device="cpu"
+                    model=str(folder), layer=tuple(layers), tokens=tokens, dtype="float32", device="cpu", parity=3
                 )
                 cache = extract(settings, lambda: corpus, Path(out) / "cache", Silent())
                 results.append(difference(cache, folder, layers))
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=700)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as made:

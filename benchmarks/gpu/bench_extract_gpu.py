@@ -31,6 +31,7 @@ from fastcache.cache_format.schema import hook_point
 from fastcache.cache_format.writer import CacheWriter
 from fastcache.llm import transformers_backend
 from fastcache.llm.backend import Backend
+from fastcache.llm.decoder import Decoder
 from fastcache.llm.loading import ModelSource
 from fastcache.llm.transformers_backend import DTYPES, TransformersBackend
 
@@ -59,8 +60,13 @@ class Run:
     def n_tokens(self) -> int:
         return sum(map(len, self.instances))
 
-    def model(self, *_given: object) -> torch.nn.Module:
-        """Cut after the layer, with random weights; takes the place of the backend's loader."""
+    def decoder(self, *_given: object) -> Decoder:
+        """Takes the place of the backend's loader."""
+        model = self.model()
+        return Decoder(model, model.layers)
+
+    def model(self) -> torch.nn.Module:
+        """Cut after the layer, with random weights."""
         config = Qwen2Config(**{**self.config.to_dict(), "num_hidden_layers": self.layer + 1, "layer_types": None})
         torch.manual_seed(0)
         with torch.device(self.device):
@@ -87,7 +93,7 @@ def make_instances(n_tokens: int, n_vocabulary: int) -> list[np.ndarray]:
 def transformers_engine(run: Run, pack_tokens: int | None) -> Backend:
     with (
         patch.object(transformers_backend, "load_config", lambda _source: run.config),
-        patch.object(transformers_backend, "load_base_model", run.model),
+        patch.object(transformers_backend, "load_decoder", run.decoder),
     ):
         backend = TransformersBackend(
             ModelSource("random"), [hook_point(run.layer)], run.dtype, run.device, pack_tokens

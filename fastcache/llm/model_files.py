@@ -68,10 +68,21 @@ def _require_small_numbers(path: Path, name: str) -> None:
                 raise _unsound(name, f"{field} is {quoted(value)}, but no model has more than {largest:,}")
 
 
+def setting(config: Any, name: str) -> Any:
+    """The value of a configuration for all layers, None if it has none.
+
+    transformers refuses to read such a value from the configuration of a model whose layers differ in it (Gemma 4).
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return config.to_dict().get(name)
+
+
 def require_sound_config(config: Any, name: str) -> None:
     """Raise `ModelError` for a decoder's configuration with sizes that no model can have; `name` is the model's name."""
     for field, largest in SIZES.items():
-        value = getattr(config, field, None)
+        value = setting(config, field)
         if value is None and field not in NEEDED:
             continue
         if isinstance(value, (list, tuple)) and field not in NEEDED:  # one for each layer

@@ -29,8 +29,10 @@ def stateful_modules(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 def expert_modules(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """The parts of decoder layers that send tokens to experts."""
-    parts = [part for layer in layers for part in layer.children()]
-    return [part for part in parts if any("expert" in name for name, _ in part.named_modules())]
+    parts = [(name, part) for layer in layers for name, part in layer.named_children()]
+    return [
+        part for name, part in parts if "expert" in name or any("expert" in inner for inner, _ in part.named_modules())
+    ]
 
 
 def attention_modules(layers: Iterable[nn.Module]) -> list[nn.Module]:

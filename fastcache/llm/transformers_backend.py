@@ -20,6 +20,7 @@ from fastcache.cache_format.schema import layer_of
 from fastcache.llm.backend import Residuals, TokenIds, default_pack_tokens
 from fastcache.llm.decoder import enough, residual_stream, run_until_enough
 from fastcache.llm.loading import ModelSource, check_layers, load_config, load_decoder, quiet
+from fastcache.llm.model_files import setting
 from fastcache.llm.packed_attention import NAME, Segments, UnknownAttentionError, register, use_segments
 from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
 from fastcache.llm.segment_loop import SegmentLoops, attention_modules, expert_modules, stateful_modules
@@ -161,6 +162,9 @@ class TransformersBackend:
     def _use_packs(self) -> None:
         """Change over to packs, unless the self-check finds that this model can't."""
         register()
+        if reason := no_packs(self._config, self._n_layers):
+            self._run_alone(reason)
+            return
         plain, pack_tokens = self._model.config._attn_implementation, self._pack_tokens
         rng = np.random.default_rng(0)
         n_vocabulary = self._config.vocab_size
@@ -182,9 +186,12 @@ class TransformersBackend:
             if not reason:
                 return
             self._loops.undo()
+        self._model.set_attn_implementation(plain)
+        self._run_alone(reason)
+
+    def _run_alone(self, reason: str) -> None:
         self._pack_tokens = 1
         self._captured = {}
-        self._model.set_attn_implementation(plain)
         self.note = f"Sequences go through the model one at a time, not in packs: {reason}."
 
     def _ways(self) -> Iterator[tuple[bool, list[torch.nn.Module]]]:
@@ -255,6 +262,16 @@ OTHER_TYPES = {"linear_attention", "conv", "hybrid", "mlp", "moe"}
 """Layers without attention, or with full attention beside something else."""
 
 
+def no_packs(config: Any, n_layers: int) -> str:
+    """Why the first `n_layers` layers can't run packs, or needn't, by their types; empty if they may."""
+    types = set((getattr(config, "layer_types", None) or ["full_attention"])[:n_layers])
+    if unknown := sorted(types - ATTENTION_TYPES - OTHER_TYPES):
+        return f"it has layers of {', '.join(unknown)}"
+    if not types & {*ATTENTION_TYPES, "hybrid"}:
+        return "its layers carry a state from token to token, and have no attention"
+    return ""
+
+
 def window_mismatch(config: Any, windows: dict[int, int | None], n_layers: int | None = None) -> str:
     """Why the windows that the first `n_layers` layers (None: all) asked of attention aren't those of the configuration.
 
@@ -263,12 +280,12 @@ def window_mismatch(config: Any, windows: dict[int, int | None], n_layers: int |
     """
     n_layers = config.num_hidden_layers if n_layers is None else n_layers
     types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
+    window = setting(config, "sliding_window")
     if types is None:
         types = ["full_attention" if window is None else "sliding_attention"] * n_layers
     types = types[:n_layers]
-    if unknown := sorted(set(types) - ATTENTION_TYPES - OTHER_TYPES):
-        return f"it has layers of {', '.join(unknown)}"
+    if reason := no_packs(config, n_layers):
+        return reason
     expected = {
         layer: window if kind == "sliding_attention" else None
         for layer, kind in enumerate(types)

@@ -12,6 +12,7 @@ from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import layer_of
 from fastcache.cache_format.writer import QUEUE_BYTES
 from fastcache.llm.backend import default_pack_tokens
+from fastcache.llm.model_files import setting
 from fastcache.llm.parity import spread
 from fastcache.llm.sizes import count_by_layer, count_parameters
 from fastcache.llm.transformers_backend import DTYPES
@@ -118,7 +119,7 @@ def activations(llm_config: Any, tokens: int, itemsize: int) -> int:
 def mlp_width(llm_config: Any) -> int:
     """Width of the widest MLP; some configurations give one for each layer."""
     for name in ("intermediate_size", "n_inner", "ffn_dim"):
-        width = getattr(llm_config, name, None)
+        width = setting(llm_config, name)
         if isinstance(width, (list, tuple)):
             width = max((int(each) for each in width), default=0)
         if width:
