@@ -155,6 +155,14 @@ def test_unknown_weights_are_those_of_no_layer_and_no_other_part():
     assert unknown_weights(unexpected, omitted, 4) == ["score.weight"]
 
 
+def test_other_lists_of_as_many_modules_do_not_matter(checkpoint):
+    """Gemma 3n has lists of three projections beside its layers."""
+    source = ModelSource(str(checkpoint("gemma3n_text")))
+    assert [type(layer).__name__ for layer in load_decoder(source, 3, torch.float32, "cpu").layers] == [
+        "Gemma3nTextDecoderLayer"
+    ] * 3
+
+
 def test_several_streams_are_refused_with_the_reason(checkpoint):
     with pytest.raises(ModelError, match="several residual streams"):
         TransformersBackend(ModelSource(str(checkpoint("deepseek_v4"))), ["resid_post.1"], "float32", "cpu")

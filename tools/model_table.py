@@ -1,6 +1,6 @@
 """A table of model architectures: whether `extract` gives the residual stream of the plain model, and how it runs it.
 
-    python tools/model_table.py MODELS [NAME ...] [--out docs/models.md] [--tokens 700]
+    python tools/model_table.py MODELS [NAME ...] [--out docs/models.md] [--tokens 700] [--backend vllm]
 
 MODELS is a folder of checkpoints, or a script that makes one: it is called as `python MODELS FOLDER [NAME ...]`. Every
 checkpoint goes through the whole of `extract` with the demo corpus, into float32 caches, twice: cut after the second
@@ -34,7 +34,8 @@ from fastcache.stages.extract.run import extract
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.run import prepare
 
-BEGIN, END = "<!-- table of models: begin -->", "<!-- table of models: end -->"
+MARKERS = {"transformers": "table of models", "vllm": "table of models in vLLM"}
+"""Of the tables in the page, by backend."""
 
 
 @dataclass
@@ -91,7 +92,7 @@ def difference(cache: Cache, folder: Path, layers: list[int]) -> tuple[float, fl
     return largest, scale
 
 
-def row(folder: Path, corpus: Path, tokens: int) -> Row:
+def row(folder: Path, corpus: Path, tokens: int, backend: str) -> Row:
     """Extract twice and compare."""
     config = transformers.AutoConfig.from_pretrained(folder)
     last = config.get_text_config(decoder=True).num_hidden_layers - 1
@@ -100,21 +101,31 @@ def row(folder: Path, corpus: Path, tokens: int) -> Row:
         try:
             with tempfile.TemporaryDirectory() as out:
                 settings = ExtractConfig(
-                    model=str(folder), layer=tuple(layers), tokens=tokens, dtype="float32", device="cpu", parity=3
+                    model=str(folder),
+                    layer=tuple(layers),
+                    tokens=tokens,
+                    dtype="float32",
+                    device="cpu",
+                    parity=3,
+                    backend=backend,
                 )
                 cache = extract(settings, lambda: corpus, Path(out) / "cache", Silent())
                 results.append(difference(cache, folder, layers))
-            hooks = [f"resid_post.{layer}" for layer in layers]
-            backend = TransformersBackend(ModelSource(str(folder)), hooks, "float32", "cpu")
-            manners.append(backend.manner + (f" ({backend.note})" if backend.note else ""))
+            manners.append(manner(folder, layers) if backend == "transformers" else "chunked prefill")
         except FastcacheError as error:
             return Row(folder.name, "refused", str(error).replace(str(folder), folder.name))
     largest, scale = max(results)
     result = "exact, 0.0" if largest == 0 else f"{largest:.1e} of {scale:.0f}"
-    named = dict.fromkeys(
-        manner.replace("Sequences go through the model one at a time, not in packs: ", "") for manner in manners
+    return Row(folder.name, result, "; ".join(dict.fromkeys(manners)))
+
+
+def manner(folder: Path, layers: list[int]) -> str:
+    """How the transformers backend runs a checkpoint."""
+    backend = TransformersBackend(
+        ModelSource(str(folder)), [f"resid_post.{layer}" for layer in layers], "float32", "cpu"
     )
-    return Row(folder.name, result, "; ".join(named))
+    reason = (backend.note or "").removeprefix("Sequences go through the model one at a time, not in packs: ")
+    return backend.manner + (f" ({reason.rstrip('.')})" if reason else "")
 
 
 def make_models(models: Path, names: list[str], folder: Path) -> tuple[Path, list[str]]:
@@ -126,14 +137,14 @@ def make_models(models: Path, names: list[str], folder: Path) -> tuple[Path, lis
     return folder, [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
 
 
-def rows(folder: Path, names: list[str], tokens: int) -> Iterator[Row]:
+def rows(folder: Path, names: list[str], tokens: int, backend: str) -> Iterator[Row]:
     """A row for each checkpoint in `folder`."""
     with tempfile.TemporaryDirectory() as made:
         corpus = Path(made) / "corpus"
         prepare(PrepareConfig(source=(str(DEMO / "chat.jsonl.gz"),), workers=1), corpus, Silent())
         for path in sorted(folder.iterdir()):
             if (path / "config.json").is_file() and (not names or path.name in names):
-                yield row(path, corpus, tokens)
+                yield row(path, corpus, tokens, backend)
 
 
 def main() -> None:
@@ -142,12 +153,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=700)
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as made:
         folder, failed = make_models(given.models, given.names, Path(made))
         lines = ["| checkpoint | difference | how it ran |", "|---|---|---|"]
-        for made_row in rows(folder, given.names, given.tokens):
+        for made_row in rows(folder, given.names, given.tokens, given.backend):
             lines.append(str(made_row))
             print(made_row, flush=True)
         for line in failed:
@@ -155,9 +167,10 @@ def main() -> None:
             lines.append(str(Row(name, "not made", f"transformers {transformers.__version__}: {reason}")))
             print(lines[-1])
     if given.out:
-        before, _, rest = given.out.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        given.out.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
+        begin, end = (f"<!-- {MARKERS[given.backend]}: {edge} -->" for edge in ("begin", "end"))
+        before, _, rest = given.out.read_text().partition(begin)
+        after = rest.partition(end)[2]
+        given.out.write_text(before + "\n".join([begin, *lines, end]) + after)
 
 
 if __name__ == "__main__":

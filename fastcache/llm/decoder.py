@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fastcache.errors import ModelError
 
+LAYER_LISTS = ("layers", "h", "blocks")
+"""What transformers calls the list of decoder layers."""
 LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 OTHER_PARTS = re.compile(r"(?:^|[._])(?:vision|visual|image|audio|video|projector|mtp|nextn|lm_head)(?=[._]|$)")
 """Parts of a checkpoint that an extraction never runs; `mtp` and `nextn` are layers for predicting further tokens."""
@@ -71,17 +73,27 @@ def _is_class_of(candidate: Any, config: Any) -> bool:
 
 
 def decoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The list of decoder layers: the only list of `n_layers` modules in the text decoder.
+    """The list of decoder layers: the only list of `n_layers` modules in the text decoder, or the one with a usual name.
 
     Raises `ModelError` where there is none, or more than one.
     """
     get_decoder = getattr(model, "get_decoder", None)
+    n_found = 0
     for part in ([get_decoder()] if get_decoder else []) + [model]:
-        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-        if len(lists) == 1:
-            return lists[0]
+        lists = {
+            name: module
+            for name, module in part.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers
+        }
+        n_found = len(lists)
+        for candidates in (
+            list(lists.values()),
+            [m for name, m in lists.items() if name.split(".")[-1] in LAYER_LISTS],
+        ):
+            if len(candidates) == 1:
+                return candidates[0]
     raise ModelError(
-        f"{type(model).__name__} has {len(lists)} lists of {n_layers} layers, but one is needed to know which module "
+        f"{type(model).__name__} has {n_found} lists of {n_layers} layers, but one is needed to know which module "
         "computes a decoder layer. Its architecture isn't supported."
     )
 
@@ -101,13 +113,15 @@ def path_to(model: nn.Module, wanted: nn.Module) -> str:
 def cut_class(cls: Any, n_layers: int, n_kept: int) -> Any:
     """A subclass of `cls` that creates the first `n_kept` of `n_layers` decoder layers and what they need.
 
-    An instance has `decoder_path`, the dotted name of its decoder, and `omitted`, the names of the weights left out.
+    An instance has `decoder_path` and `layers_path`, the dotted names of its decoder and of the list of layers, and `omitted`,
+    the names of the weights left out.
     """
 
     def cut(model: Any) -> None:
         before = set(model.state_dict())
         layers = decoder_layers(model, n_layers)
         model.decoder_path = path_to(model, layers)
+        model.layers_path = next(name for name, module in model.named_modules() if module is layers)
         del layers[n_kept:]
         keep_only(model, set(model.get_submodule(model.decoder_path).modules()))
         model.omitted = before - set(model.state_dict())

@@ -16,7 +16,7 @@ from fastcache.cache_format.schema import layer_of
 from fastcache.config import differences
 from fastcache.errors import FastcacheError, InputError, MismatchError, ModelError
 from fastcache.files import fingerprint, read_json
-from fastcache.llm.decoder import Decoder, checkpoint_class, cut_class, decoder_layers, unknown_weights
+from fastcache.llm.decoder import Decoder, checkpoint_class, cut_class, unknown_weights
 from fastcache.llm.model_files import reason_of, require_readable_files, require_sound_config, require_vocabulary
 from fastcache.llm.stored_weights import absent_experts, stored_names
 from fastcache.rundir import RUN_FILE, stored_path
@@ -194,12 +194,12 @@ def load_decoder(source: ModelSource, n_kept: int, dtype: torch.dtype, device: s
     config = load_whole_config(source)
     n_layers = config.get_text_config(decoder=True).num_hidden_layers
     cut = cut_class(checkpoint_class(config, source.path, source.trust_remote_code), n_layers, n_kept)
-    with loading_errors(source, "weights"):
+    with weight_errors(source, "weights"):
         model, report = cut.from_pretrained(source.path, config=config, dtype=dtype, **WITH_REPORT, **source.keywords())
     require_complete(report, source)
     unknown = unknown_weights(report["unexpected_keys"], model.omitted, n_layers)
-    decoder = model.get_submodule(model.decoder_path).to(device).eval()
-    return Decoder(decoder, decoder_layers(decoder, n_kept), unknown)
+    decoder: Any = model.get_submodule(model.decoder_path).to(device).eval()
+    return Decoder(decoder, model.get_submodule(model.layers_path), unknown)
 
 
 def load_language_model(source: ModelSource, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -212,7 +212,7 @@ def load_language_model(source: ModelSource, dtype: torch.dtype, device: str) ->
     config = load_whole_config(source)
     is_wrapper = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = transformers.AutoModelForImageTextToText if is_wrapper else transformers.AutoModelForCausalLM
-    with loading_errors(source, "weights"):
+    with weight_errors(source, "weights"):
         model, report = auto.from_pretrained(source.path, dtype=dtype, **WITH_REPORT, **source.keywords())
     require_complete(report, source)
     return model.to(device).eval()

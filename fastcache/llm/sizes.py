@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastcache.llm.decoder import checkpoint_class, cut_class, decoder_layers
+from fastcache.llm.decoder import checkpoint_class, cut_class
 from fastcache.llm.loading import ModelSource, load_config, load_whole_config, weight_errors
 
 
@@ -20,7 +20,7 @@ def count_by_layer(source: ModelSource) -> tuple[int, int]:
     n_layers = load_config(source).num_hidden_layers
     model = _empty_model(source, n_layers)
     decoder = model.get_submodule(model.decoder_path)
-    sizes = [_n_parameters(layer) for layer in decoder_layers(decoder, n_layers)]
+    sizes = [_n_parameters(layer) for layer in model.get_submodule(model.layers_path)]
     return max(0, _n_parameters(decoder) - sum(sizes)), max(sizes)
 
 

@@ -164,6 +164,7 @@ class TransformersBackend:
         register()
         if reason := no_packs(self._config, self._n_layers):
             self._run_alone(reason)
+            list(self.residuals([np.zeros(1, np.int32)]))  # a model without one residual stream is refused here and now
             return
         plain, pack_tokens = self._model.config._attn_implementation, self._pack_tokens
         rng = np.random.default_rng(0)
