@@ -1,18 +1,14 @@
 """Settings that contradict each other, are out of range, or mean nothing are refused wherever they are built."""
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastcache.errors import InputError
 from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.sae.architectures import LogJumpReluSae
-from fastcache.sae.schedules import LearningRate, sparsity_coefficient
 from fastcache.stages.evaluate.config import EvaluateConfig
 from fastcache.stages.interpret.config import InterpretConfig
 from fastcache.stages.steer.config import SteerConfig
@@ -20,7 +16,6 @@ from fastcache.stages.train.config import ARCHES, ShuffleConfig, TrainConfig
 from fastcache.stages.train.recipe import resolve
 from fastcache.stages.train.run import train
 from fastcache.stages.train.selection import norm_factor
-from fastcache.stages.train.trainer import Trainer
 
 
 def recipe_of(arch="jumprelu", d_in=16, **options):
@@ -137,36 +132,6 @@ def test_a_norm_filter_that_leaves_nothing_is_refused(small_cache, tmp_path, mon
     config = TrainConfig(cache=str(small_cache), arch="topk", layer=1, norm_filter="2x-median", tokens_of="special")
     with pytest.raises(InputError, match="no rows that --norm-filter 2x-median keeps"):
         train(config, tmp_path / "sae", Silent())
-
-
-shares = st.floats(0, 1).map(lambda share: round(share, 3))
-
-
-@settings(max_examples=150, deadline=None)
-@given(shares, shares, st.integers(1, 60), st.floats(0, 1))
-def test_the_learning_rate_never_rises_after_its_warm_up(warm_up, decay, n_steps, end):
-    options = {"lr_warm_up": warm_up, "lr_decay": min(decay, round(1 - warm_up, 3)), "lr": 1.0, "lr_end": end}
-    rate = Trainer(recipe_of("topk", 2, k=1, batch_size=1, tokens=n_steps, **options), "cpu")._rate
-    rates = [rate.at(step) for step in range(n_steps)]
-    rising, falling = rates[: rate.warm_up_steps], rates[max(0, rate.warm_up_steps - 1) :]
-    assert rising == sorted(rising)
-    assert rising[-1:] in ([], [1.0])
-    assert all(after <= before + 1e-12 for before, after in pairwise(falling))
-    assert all(0 <= value <= 1 for value in rates)
-    if rate.decay_steps:
-        assert rates[-1] == pytest.approx(end / rate.decay_steps)
-
-
-def test_phases_that_overlap_are_no_schedule():
-    with pytest.raises(ValueError, match="6 steps of warm-up and 5 of decay are more than 10"):
-        LearningRate(1.0, 0.1, 6, 5, 10)
-    assert LearningRate(1.0, 0.1, 5, 5, 10).at(5) == pytest.approx(0.1)
-    assert LearningRate(1.0, 0.1, 0, 0, 1).at(0) == 1.0
-
-
-def test_without_a_warm_up_the_coefficient_is_there_at_once():
-    assert sparsity_coefficient(5.0, 0, 0) == 5.0
-    assert sparsity_coefficient(5.0, 1, 0) == 0.0
 
 
 def test_a_threshold_of_zero_has_a_logarithm():

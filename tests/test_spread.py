@@ -150,3 +150,27 @@ def test_what_an_ablation_does_not_cost_cannot_be_recovered(cost, known):
     figures = figures_of(columns)
     assert np.isfinite(figures["loss_recovered"]) == known
     assert figures["loss_recovered_from_mean"] == pytest.approx(0.5)
+
+
+def test_intervals_are_made_as_the_documentation_says():
+    assert (bootstrap.N_SAMPLES, bootstrap.LEVEL, bootstrap.SEED) == (1000, 0.95, 0)
+
+
+@pytest.mark.parametrize(("n", "most"), [(7, 100), (7, 10**6), (200, 100)])
+def test_no_more_weights_are_held_than_said(monkeypatch, n, most):
+    held, make = [], np.random.default_rng
+
+    class Counting:
+        def __init__(self, seed):
+            self._rng = make(seed)
+
+        def multinomial(self, n, shares, size):
+            held.append(size * len(shares))
+            return self._rng.multinomial(n, shares, size)
+
+    monkeypatch.setattr(bootstrap, "MOST_WEIGHTS", most)
+    monkeypatch.setattr(np.random, "default_rng", Counting)
+    assert resampled(np.ones((n, 1))).shape == (1000, 1)
+    assert sum(held) == 1000 * n
+    assert max(held) <= max(n, most)
+    assert len(held) == {(7, 100): 72, (7, 10**6): 1, (200, 100): 1000}[n, most]
