@@ -119,7 +119,8 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
     for source, by_reason in places.items():
         for reason, place in by_reason.items():
             n_rows = counts[source]["dropped"][reason]
-            progress.say(f"Not usable: {n_rows:,} rows of {source} ({reason}), the first at {place}")
+            rows = "1 row" if n_rows == 1 else f"{n_rows:,} rows"
+            progress.say(f"Not usable: {rows} of {source} ({reason}), the first at {place}")
     for source, by_reason in first_places(given).items():
         for reason, place in by_reason.items():
             progress.say(f"Not usable: rows of the excluded {source} ({reason}), the first at {place}")
