@@ -9,9 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import dialogue, run, write
 
+from fastcache.corpus import Corpus
 from fastcache.errors import InputError
+from fastcache.progress import Silent
+from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.formats import find_format
 from fastcache.stages.prepare.reading import read_source
+from fastcache.stages.prepare.run import prepare
 from fastcache.stages.prepare.sources import Source
 
 ROWS = [dialogue(f"q{i}", f"a{i}") for i in range(30)]
@@ -100,32 +104,33 @@ def test_one_file_of_a_folder_that_is_wrong_as_a_whole_is_named(tmp_path):
         run(tmp_path / "out", str(folder))
 
 
+class Said(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def said_by(config, out):
+    said = Said()
+    prepare(config, out, said)
+    return said.lines
+
+
 def test_a_file_with_some_bad_lines_is_kept_and_the_first_of_each_reason_reported(tmp_path):
-    said = []
-
-    class Said:
-        def say(self, text):
-            said.append(text)
-
-        def __getattr__(self, name):
-            from fastcache.progress import Silent
-
-            return getattr(Silent(), name)
-
-    from fastcache.stages.prepare.config import PrepareConfig
-    from fastcache.stages.prepare.run import prepare
-
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(TEXT + b'{"messages": 1,}\n[1]\n{"a": 1, "a": 2}\n' + b'{"x": 1}\n' * 2)
-    info = prepare(PrepareConfig(source=(str(path),)), tmp_path / "out", Said())
+    path.write_bytes(TEXT + b'\n{"messages": 1,}\n[1]\n{"a": 1, "a": 2}\n' + b'{"x": 1}\n' * 2)
+    said = said_by(PrepareConfig(source=(str(path),)), tmp_path / "out")
+    info = Corpus(tmp_path / "out").info
     assert info["counts"][str(path)]["dropped"] == {
         "not JSON": 1, "not an object": 1, "a key twice in an object": 1, "no known column": 2
     }  # fmt: skip
     assert info["first_unusable"][str(path)] == {
-        "not JSON": f"{path}:31", "not an object": f"{path}:32", "a key twice in an object": f"{path}:33",
-        "no known column": f"{path}, row 33",
+        "not JSON": f"{path}:32", "not an object": f"{path}:33", "a key twice in an object": f"{path}:34",
+        "no known column": f"{path}:35",
     }  # fmt: skip
-    assert f"Not usable: 2 rows of {path} (no known column), the first at {path}, row 33" in said
+    assert f"Not usable: 2 rows of {path} (no known column), the first at {path}:35" in said
 
 
 DEEP = b"[" * 5000 + b"]" * 5000
@@ -133,6 +138,13 @@ DEEP = b"[" * 5000 + b"]" * 5000
 
 def calling(arguments):
     return b'{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": %b}]}]}' % arguments
+
+
+def test_a_source_of_which_nearly_nothing_can_be_used_is_reported(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*ROWS[:2], *[{"chats": row["messages"]} for row in ROWS]])
+    said = said_by(PrepareConfig(source=(path,)), tmp_path / "out")
+    assert f"Not usable: 30 rows of {path} (no known column), the first at {path}:3" in said
+    assert any(line.startswith(f"Nearly all rows of {path} can't be used: 30 of 32.") for line in said)
 
 
 HOSTILE = {

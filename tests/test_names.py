@@ -75,6 +75,13 @@ def test_models_of_one_basename_have_caches_of_their_own(tmp_path, monkeypatch):
         for split in ("train", "eval")
     ]
     assert len({cache_place(from_mapping(ExtractConfig, each, "x")) for each in values}) == len(values)
+    corpora = [None, "a/b.jsonl", "a-b.jsonl", "org/set", "demo-text", "tulu-3"]
+    configs = [
+        from_mapping(ExtractConfig, {"model": "demo", "layer": (1,), "corpus": corpus}, "x") for corpus in corpora
+    ]
+    assert len({cache_place(config) for config in configs}) == len(corpora)
+    usual = from_mapping(ExtractConfig, {"model": "demo", "layer": (1,), "corpus": "demo"}, "x")
+    assert cache_place(usual) == cache_place(configs[0])
     config = from_mapping(ExtractConfig, {"model": "Qwen/Qwen2.5-7B-Instruct", "layer": (18,)}, "x")
     assert cache_place(config).name == "cache-qwen2.5-7b-instruct-fast-train-layer-18"
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from fastcache.errors import BusyError, MismatchError
-from fastcache.pipeline.names import RUNS, model_name, source_name
+from fastcache.pipeline.names import RUNS, model_name, output_name, source_name
 from fastcache.progress import Progress
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.prepare.config import PrepareConfig
@@ -23,9 +23,22 @@ def corpus_place(*sources: str) -> Path:
 
 
 def cache_place(config: ExtractConfig) -> Path:
-    """Default directory of a cache."""
+    """Default directory of a cache: named by the model, and by the corpus if it isn't the usual one."""
     layers = "-".join(str(layer) for layer in sorted(set(config.layer)))
-    return RUNS / f"cache-{model_name(config.model)}-{config.method}-{config.split}-layer-{layers}"
+    name = f"cache-{model_name(config.model)}-{config.method}-{config.split}-layer-{layers}"
+    corpus, usual = config.corpus, _usual_source(config)
+    if corpus is None or corpus == usual or Path(corpus).resolve() == corpus_place(usual).resolve():
+        return RUNS / name
+    is_corpus = (Path(corpus) / "corpus.json").is_file()
+    return RUNS / f"{name}-of-{output_name(corpus) if is_corpus else source_name(corpus)}"
+
+
+def _usual_source(config: ExtractConfig) -> str:
+    """The source whose corpus is taken where the user names none."""
+    wants_text = config.method == "bt-p"
+    if config.model == "demo":
+        return "demo-text" if wants_text else "demo"
+    return DEFAULT_TEXT if wants_text else DEFAULT_CHAT
 
 
 def find_corpus(config: ExtractConfig, progress: Progress) -> Path:
@@ -37,14 +50,9 @@ def find_corpus(config: ExtractConfig, progress: Progress) -> Path:
     from fastcache.corpus import CORPUS_FILE
     from fastcache.stages.prepare.run import prepare
 
-    wants_text = config.method == "bt-p"
-    source = config.corpus
-    if source is None and config.model == "demo":
-        source = "demo"
-    if source == "demo" and wants_text:
+    source = config.corpus or _usual_source(config)
+    if source == "demo" and config.method == "bt-p":
         source = "demo-text"
-    if source is None:
-        source = DEFAULT_TEXT if wants_text else DEFAULT_CHAT
     if (Path(source) / CORPUS_FILE).is_file():
         return Path(source)
     on_hub = not Path(source).exists() and source not in ("demo", "demo-text")

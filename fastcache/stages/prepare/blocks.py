@@ -42,6 +42,10 @@ class Block(ABC):
     def head(self, n_rows: int) -> "Block":
         """The first rows."""
 
+    def place(self, _index: int) -> str | None:
+        """Where the row with this number in the block stands, if that is known."""
+        return None
+
 
 @dataclass(frozen=True)
 class Lines(Block):
@@ -79,6 +83,11 @@ class Lines(Block):
                     yield to_row(*parse(line))
                 except Refused as refusal:
                     yield Malformed(str(refusal), f"{self.path}:{number}")
+
+    def place(self, index: int) -> str:
+        """File and line."""
+        numbers = [number for number, line in enumerate(self._read(), self.first_line) if line.strip()]
+        return f"{self.path}:{numbers[index]}"
 
     def head(self, n_rows: int) -> "Lines":
         """The first rows."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from fastcache.corpus import MESSAGE, OPTIONAL_FIELDS
 from fastcache.errors import InputError
-from fastcache.stages.prepare.blocks import Malformed, Row
+from fastcache.stages.prepare.blocks import Block, Malformed, Row
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.prepare.field_sets import FieldSets
 from fastcache.stages.prepare.fields import Unusable
@@ -97,9 +97,9 @@ class Columns:
         first_row: int,
         column: str | None,
         config: PrepareConfig,
-        path: str = "",
+        block: Block | None = None,
     ) -> None:
-        """Add rows of a source, from the file `path`; raises `InputError` for an unusable one if that is asked for."""
+        """Add rows of a source, from `block`; raises `InputError` for an unusable one if that is asked for."""
         names = (column,) if column else CHAT_COLUMNS
         plain = not (config.alternating or config.max_turn_chars)
         n_before = len(self.n_pieces)
@@ -117,12 +117,15 @@ class Columns:
                         malformed.append(place)
                     if config.strict:
                         raise InputError(f"{place}: {verdict} (--strict). Nothing was written.") from None
-                    self.first_places.setdefault(source, {}).setdefault(str(verdict), place)
+                    places = self.first_places.setdefault(source, {})
+                    if str(verdict) not in places:
+                        places[str(verdict)] = (block and block.place(number - n_before)) or place
                     self.reasons[number] = str(verdict)
                     self.fields.append(0)
             self.n_pieces.append(n_pieces)
         n_rows = len(self.n_pieces) - n_before
         self.sources.append((source, first_row, n_rows))
+        path = block.path if block else ""
         of_file = self.files.get(path, (0, 0, ""))
         first = of_file[2] or (malformed[0] if malformed else "")
         self.files[path] = (of_file[0] + n_rows, of_file[1] + len(malformed), first)

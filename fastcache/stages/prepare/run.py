@@ -24,7 +24,7 @@ from fastcache.stages.prepare.ngrams import COLLISION_BITS
 from fastcache.stages.prepare.output import split_bounds, write_rows
 from fastcache.stages.prepare.page import PAGE_FILE, write_page
 from fastcache.stages.prepare.sources import RECIPES, Source, find_source, hub_revisions, stamps
-from fastcache.stages.prepare.staging import check_files, first_places, stage, worker_count
+from fastcache.stages.prepare.staging import FILE_FAULT_SHARE, check_files, first_places, stage, worker_count
 
 WORK_FOLDER = ".work"
 OWNED = (CORPUS_FILE, "*.parquet", PAGE_FILE, WORK_FOLDER)
@@ -119,7 +119,14 @@ def _prepare(sources: list[Source], config: PrepareConfig, out: Path, progress: 
     for source, by_reason in places.items():
         for reason, place in by_reason.items():
             n_rows = counts[source]["dropped"][reason]
-            progress.say(f"Not usable: {n_rows:,} rows of {source} ({reason}), the first at {place}")
+            rows = "1 row" if n_rows == 1 else f"{n_rows:,} rows"
+            progress.say(f"Not usable: {rows} of {source} ({reason}), the first at {place}")
+        n_bad = sum(counts[source]["dropped"][reason] for reason in by_reason)
+        if n_bad >= FILE_FAULT_SHARE * counts[source]["rows"]:
+            progress.say(
+                f"Nearly all rows of {source} can't be used: {n_bad:,} of {counts[source]['rows']:,}. Look at the places "
+                "above; --column names the column to read."
+            )
     for source, by_reason in first_places(given).items():
         for reason, place in by_reason.items():
             progress.say(f"Not usable: rows of the excluded {source} ({reason}), the first at {place}")

@@ -141,7 +141,7 @@ def stage_chunk(parts: list[Part], index: int, folder: Path, config: PrepareConf
     """Clean, hash and write one chunk; raises `InputError` for a bad row where that is asked for."""
     columns = Columns()
     for source, column, first_row, block in parts:
-        columns.add(block.rows(), source, first_row, column, config, block.path)
+        columns.add(block.rows(), source, first_row, column, config, block)
     rows = CleanRows(columns)
     grams = _hashed(rows, config, texts_too)
     n_grams = sum(len(piece.hashes) for piece in grams)
