@@ -15,8 +15,7 @@ from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import STORED_DTYPES
 from fastcache.cache_format.storage import open_storage
 from fastcache.errors import FastcacheError, SpaceError
-from fastcache.figures import duration, size
-from fastcache.figures import rate as rate_of
+from fastcache.figures import duration, figure, size
 from fastcache.llm.backend import Backend, TokenIds
 from fastcache.memory import free_memory, process_bytes
 from fastcache.progress import Progress
@@ -131,7 +130,7 @@ def announce_time(plan: Plan, use: ModelUse, backend: Backend, sample: list[Inst
     rate = tokens / seconds * max(1, len({device for device in use.devices if device.startswith("cuda")}))
     both = 1 / (1 / rate + 1 / plan.rendered_per_second)
     progress.say(
-        f"About {duration(plan.new_tokens / both)} at {rate_of(both, 1, 'tokens')}, measured on {tokens:,} tokens (an estimate)."
+        f"About {duration(plan.new_tokens / both)} at {figure(both)} tokens/s, measured on {tokens:,} tokens (an estimate)."
     )
 
 

@@ -130,7 +130,8 @@ def say_selection(selection: Selection, progress: Progress) -> None:
         progress.say(f"Tokens: {selection.n_kept:,} of {selection.n_rows:,} kept; left out: {dropped}")
     if selection.largest_norm is not None:
         progress.say(
-            f"Norm filter: rows above {figure(selection.largest_norm)} are left out; the median is {figure(selection.median_norm)}"
+            f"Norm filter: rows above {figure(selection.largest_norm)} are left out; "
+            f"the median is {figure(selection.median_norm)}"
         )
 
 
