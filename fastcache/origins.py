@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcache.errors import FastcacheError
 from fastcache.files import read_json
+from fastcache.rundir import stored_path
 
 _HUB_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -50,16 +51,17 @@ def corpus_sources(cache: Path | str, fingerprint: str) -> list[str]:
 def cache_of_sae(sae: Path) -> str | None:
     """The cache that an SAE was trained from, by its run.json."""
     with suppress(FastcacheError, OSError):
-        cache = _at(read_json(sae / "run.json"), "settings", "cache")
-        return cache if isinstance(cache, str) else None
+        run = read_json(sae / "run.json")
+        if isinstance(cache := _at(run, "settings", "cache"), str):
+            return cache if "://" in cache else _as_given(stored_path(run, cache, sae))
     return None
 
 
 def _corpora(cache: Path) -> Iterator[Path]:
     with suppress(FastcacheError, OSError):
-        made_from = _at(read_json(cache / "run.json"), "settings", "corpus")
-        if isinstance(made_from, str):
-            yield Path(made_from)
+        run = read_json(cache / "run.json")
+        if isinstance(made_from := _at(run, "settings", "corpus"), str):
+            yield stored_path(run, made_from, cache)
     with suppress(OSError):
         yield from sorted(path.parent for path in cache.resolve().parent.glob("*/corpus.json"))
 
@@ -67,6 +69,11 @@ def _corpora(cache: Path) -> Iterator[Path]:
 def _source_title(source: str) -> str:
     """A data set's name; of a file or folder its own name, not the path on this machine."""
     return Path(source).name if Path(source).is_absolute() or source.startswith((".", "~")) else source
+
+
+def _as_given(path: Path) -> str:
+    """A path as one would type it here: relative where it is below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _at(mapping: Any, *keys: str) -> Any:

@@ -122,7 +122,7 @@ class ArraysBuilder:
                 raise NonFiniteError(
                     f"Instance {instance.instance_id} has NaN or infinity in {array.name} at {int(bad.sum())} of its "
                     f"{len(rows)} tokens, first at position {int(bad.argmax())}. Nothing of its unit was written. "
-                    "Try --model-dtype float32, or leave the row out of the corpus."
+                    "Try `fastcache extract --model-dtype float32`, or leave the row out of the corpus."
                 )
             array.append(rows, instance.token_types)
         self._next += 1

@@ -133,7 +133,9 @@ class Cache:
     def require_dialogues(self) -> None:
         """Raise `InputError` for a cache of blocks, in which text of several dialogues goes through the model together."""
         if self.manifest.identity["method"]["name"] != "fast":
-            raise InputError(f"{self.path} holds blocks; this is by dialogue, on a cache of --method fast.")
+            raise InputError(
+                f"{self.path} holds blocks; this is by dialogue, on a cache of `fastcache extract --method fast`."
+            )
 
     def require_hook(self, hook_point: str | None) -> str:
         """`hook_point` if the cache has it, or its only one; raises `InputError` otherwise."""

@@ -136,7 +136,7 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase", source: ModelSou
     if not tokenizer.chat_template:
         raise ModelError(
             f"Model {source.name!r} has no chat template, so it can't render dialogues. Use the instruct version of the "
-            "model, or --method bt-p, which takes plain text."
+            "model, or cache plain text, by `fastcache extract --method bt-p`."
         )
 
 

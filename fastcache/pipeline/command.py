@@ -1,11 +1,13 @@
 """What all commands have in common: no option is dropped without a word, and a misspelt command is told from its name."""
 
 from collections import Counter
+from typing import Any
 
 import click
 
 from fastcache.config import nearest
 from fastcache.errors import quoted
+from fastcache.pipeline.spelling import spelling_errors
 
 
 class Command(click.Command):
@@ -15,6 +17,11 @@ class Command(click.Command):
         """Parse `args`, after a look at how often each option is there."""
         _refuse_repeats(self.make_parser(ctx).parse_args(args=list(args))[2], ctx)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; its errors name options as it spells them."""
+        with spelling_errors(ctx):
+            return super().invoke(ctx)
 
 
 class Group(click.Group):
@@ -34,6 +41,11 @@ class Group(click.Group):
                 ctx,
             )
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, or the command below it; its errors name options as it spells them."""
+        with spelling_errors(ctx):
+            return super().invoke(ctx)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

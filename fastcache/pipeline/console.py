@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastcache import figures
+from fastcache.pipeline.spelling import spelled
 from fastcache.progress import Task
 
 SECONDS_BETWEEN_LINES = 20
@@ -166,8 +167,8 @@ class RichProgress:
         self.console = console
 
     def say(self, text: str) -> None:
-        """Print a message that stays."""
-        print_text(self.console, text)
+        """Print a message that stays, with options as the running command spells them."""
+        print_text(self.console, spelled(text))
 
     def say_commands(self, lead: str, commands: Sequence[Sequence[str]]) -> None:
         """Print commands to paste into a shell, after a lead such as `Next:`; nothing where there is none."""

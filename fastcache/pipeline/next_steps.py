@@ -16,6 +16,7 @@ from fastcache.files import parse_json, read_json
 from fastcache.origins import cache_of_sae
 from fastcache.pipeline.names import RUNS
 from fastcache.pipeline.places import cache_place
+from fastcache.rundir import stored_path
 from fastcache.stages.extract.config import ExtractConfig
 
 Command = list[str]
@@ -121,7 +122,11 @@ def _extract(config: ExtractConfig) -> tuple[Command, Path]:
 def _config_of(cache: str) -> ExtractConfig | None:
     """The settings that a cache was made with; None where they can't be read."""
     with suppress(FastcacheError, OSError, KeyError, TypeError):
-        settings = parse_json(open_storage(cache).read("run.json"), cache)["settings"]
+        run = parse_json(open_storage(cache).read("run.json"), cache)
+        settings = dict(run["settings"])
+        if settings.get("corpus"):
+            found = stored_path(run, settings["corpus"], Path(cache))
+            settings["corpus"] = str(found) if found.exists() else settings["corpus"]
         known = as_dict(ExtractConfig(model="", layer=()))
         return from_mapping(ExtractConfig, {name: settings[name] for name in known if name in settings}, cache)
     return None

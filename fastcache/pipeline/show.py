@@ -75,12 +75,9 @@ def show_cache(console: Console, cache: Cache) -> None:
     details = ", ".join(f"{name} {value}" for name, value in method.items() if name != "name" and value is not None)
     rows = [
         ("state", manifest.state if cache.complete else "not complete: run its extract command again"),
-        (
-            "model",
-            f"{look_up(identity, 'model', 'name')}, run in {look_up(identity, 'model_dtype') or 'unknown dtype'}",
-        ),
-        ("method", f"{look_up(method, 'name')}" + (f" ({details})" if details else "")),
-        ("corpus", f"{_corpus(cache)}, split {look_up(identity, 'corpus', 'split')}"),
+        ("model", f"{_model(identity)}, run in {look_up(identity, 'model_dtype') or 'unknown dtype'}"),
+        ("method", f"{look_up(method, 'name') or 'unknown'}" + (f" ({details})" if details else "")),
+        ("corpus", f"{_corpus(cache)}, split {look_up(identity, 'corpus', 'split') or 'unknown'}"),
         ("tokens", f"{cache.n_tokens:,} in {cache.n_instances:,} sequences, {len(cache.parts)} parts"),
     ]
     block_size, last = look_up(method, "block_size"), totals.get("last_block_tokens")

@@ -15,6 +15,7 @@ from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import STORED_DTYPES
 from fastcache.cache_format.storage import open_storage
 from fastcache.errors import FastcacheError, SpaceError
+from fastcache.figures import duration, figure, size
 from fastcache.llm.backend import Backend, TokenIds
 from fastcache.memory import free_memory, process_bytes
 from fastcache.progress import Progress
@@ -81,12 +82,12 @@ def announce(plan: Plan, use: ModelUse, out: Path | str, progress: Progress, for
     room, free = free_space(out) if isinstance(out, Path) else None, free_memory()
     figures = [
         f"{plan.new_tokens:,} tokens" + ("" if plan.new_tokens == plan.expected_tokens else " to go"),
-        f"{gigabytes(plan.disk_bytes)} on disk" + _of(room),
-        f"{gigabytes(needs.total)} of memory" + _of(free and free + process_bytes()),
+        f"{size(plan.disk_bytes)} on disk" + _of(room),
+        f"{size(needs.total)} of memory" + _of(free and free + process_bytes()),
     ]
     if use.n_workers > 1:
-        figures.append(f"{gigabytes(needs.worker)} of it for each of {use.n_workers} workers")
-    figures += [f"{gigabytes(needed)} of {device}" + _of(_free_on(device)) for device, needed in needs.devices.items()]
+        figures.append(f"{size(needs.worker)} of it for each of {use.n_workers} workers")
+    figures += [f"{size(needed)} of {device}" + _of(_free_on(device)) for device, needed in needs.devices.items()]
     progress.say(f"Plan (estimates): {', '.join(figures)}.")
     lacking = _lacking(plan, out, room, free)
     if lacking and not force:
@@ -96,7 +97,7 @@ def announce(plan: Plan, use: ModelUse, out: Path | str, progress: Progress, for
 
 
 def _of(free: int | None) -> str:
-    return "" if free is None else f" ({gigabytes(free)} free)"
+    return "" if free is None else f" ({size(free)} free)"
 
 
 def _lacking(plan: Plan, out: Path | str, room: int | None, free: int | None) -> list[str]:
@@ -104,19 +105,19 @@ def _lacking(plan: Plan, out: Path | str, room: int | None, free: int | None) ->
     needs, problems = plan.needs, []
     if room is not None and room < plan.disk_bytes * 1.01:
         problems.append(
-            f"This cache of about {plan.expected_tokens:,} tokens needs about {gigabytes(plan.disk_bytes)}, but the disk "
-            f"of {out} has {gigabytes(room)} free. Free some space, choose an --out on another disk, or lower --tokens."
+            f"This cache of about {plan.expected_tokens:,} tokens needs about {size(plan.disk_bytes)}, but the disk "
+            f"of {out} has {size(room)} free. Free some space, choose an --out on another disk, or lower --tokens."
         )
     more = needs.total - process_bytes()
     if free is not None and more > free:
         problems.append(
-            f"The run needs about {gigabytes(more)} more memory, but {gigabytes(free)} are free. Use fewer --workers, "
+            f"The run needs about {size(more)} more memory, but {size(free)} are free. Use fewer --workers, "
             "--model-dtype bfloat16, smaller --pack-tokens, or a machine with more memory."
         )
     for device, needed in needs.devices.items():
         if needed > (there := _free_on(device)):
             problems.append(
-                f"The model needs about {gigabytes(needed)} of {device}, which has {gigabytes(there)} free. "
+                f"The model needs about {size(needed)} of {device}, which has {size(there)} free. "
                 "Use another device, fewer --workers, --model-dtype bfloat16, or smaller --pack-tokens."
             )
     return problems
@@ -129,7 +130,7 @@ def announce_time(plan: Plan, use: ModelUse, backend: Backend, sample: list[Inst
     rate = tokens / seconds * max(1, len({device for device in use.devices if device.startswith("cuda")}))
     both = 1 / (1 / rate + 1 / plan.rendered_per_second)
     progress.say(
-        f"About {duration(plan.new_tokens / both)} at {both:,.0f} tokens/s, measured on {tokens:,} tokens (an estimate)."
+        f"About {duration(plan.new_tokens / both)} at {figure(both)} tokens/s, measured on {tokens:,} tokens (an estimate)."
     )
 
 
@@ -150,17 +151,3 @@ def _warm_up(backend: Backend, sample: list[Instance], limit: int) -> tuple[int,
         if seconds > WARM_UP_SECONDS:
             break
     return total, max(seconds, 1e-6)
-
-
-def gigabytes(n_bytes: float) -> str:
-    """1.2 GB, 34 MB."""
-    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"
-
-
-def duration(seconds: float) -> str:
-    """2 h 05 min, 3 min 20 s, 8 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

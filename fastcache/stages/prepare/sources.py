@@ -136,9 +136,10 @@ def hub_revisions(sources: Iterable[Source]) -> dict[str, str]:
 def no_hub(source: Source, error: Exception) -> InputError:
     """The error that says what to do about a data set that the hub didn't give."""
     reason = (str(error).splitlines() or [""])[0][:200]
+    local = f"{source.name}=PATH" if source.name in KNOWN else "PATH"
     return InputError(
         f"--source {source.name}: no file of this name, and the hub could not give the data set {source.place} "
         f"({type(error).__name__}: {reason}). Check the name and the network; for a gated set, accept its terms at "
         f"https://huggingface.co/datasets/{source.place} and run `hf auth login`; for a local copy, say "
-        f"--source {source.name}=PATH."
+        f"--source {local}."
     )

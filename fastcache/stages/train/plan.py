@@ -9,6 +9,7 @@ import torch
 
 from fastcache.cache_format.schema import STORED_DTYPES
 from fastcache.errors import SpaceError
+from fastcache.figures import duration, figure, rate, setting, size
 from fastcache.memory import free_memory
 from fastcache.stages.train.config import TrainConfig
 from fastcache.stages.train.recipe import Recipe
@@ -43,14 +44,14 @@ class Plan:
         return [
             f"Cache: {cache.path}, {self.task.hook}, d_in {recipe.d_in:,}; {selection.n_kept:,} of {selection.n_rows:,} rows"
             f"{dropped and ' (left out' + dropped.replace(',', ':', 1) + ')'}",
-            f"SAE: {recipe.arch}, d_sae {recipe.d_sae:,}; recipe {recipe.name}, learning rate {recipe.lr:.3g}"
+            f"SAE: {recipe.arch}, d_sae {recipe.d_sae:,}; recipe {recipe.name}, learning rate {setting(recipe.lr)}"
             + _sparsity(recipe),
-            f"Steps: {recipe.steps:,} of {recipe.batch_size:,} tokens: {tokens:,}, {tokens / selection.n_kept:.2f} passes",
-            f"Memory: about {memory / 1e9:.2f} GB: buffer of {self.buffer_rows:,} rows {self.buffer_bytes / 1e9:.2f}, SAE and "
-            f"optimiser {self.sae_bytes / 1e9:.2f}, a step {self.step_bytes / 1e9:.2f}",
-            f"Disk: {self.read_bytes / 1e9:.2f} GB to read, {self.read_bytes / max(seconds, 1e-9) / 1e9:.3f} GB/s",
-            f"Time: about {_duration(seconds)} on {self.task.device} ({1000 * self.step_seconds:.1f} ms a step, "
-            f"{recipe.batch_size / self.step_seconds:,.0f} tokens/s)",
+            f"Steps: {recipe.steps:,} of {recipe.batch_size:,} tokens: {tokens:,}, {figure(tokens / selection.n_kept)} passes",
+            f"Memory: about {size(memory)}: buffer of {self.buffer_rows:,} rows {size(self.buffer_bytes)}, SAE and "
+            f"optimiser {size(self.sae_bytes)}, a step {size(self.step_bytes)}",
+            f"Disk: {size(self.read_bytes)} to read, {rate(self.read_bytes, seconds, 'bytes')}",
+            f"Time: about {duration(seconds)} on {self.task.device} ({figure(1000 * self.step_seconds)} ms a step, "
+            f"{rate(recipe.batch_size, self.step_seconds, 'tokens')})",
             "Nothing was written.",
         ]
 
@@ -85,7 +86,7 @@ def require_memory(task: Task) -> None:
     free, needed = free_memory(), buffer_bytes(task) + (_sae_bytes(task.recipe) if task.device == "cpu" else 0)
     if free is not None and needed > free:
         raise SpaceError(
-            f"Training needs at least {needed / 1e9:,.3g} GB of memory, and {free / 1e9:,.3g} GB are free. Lower --expansion "
+            f"Training needs at least {size(needed)} of memory, and {size(free)} are free. Lower --expansion "
             "or --buffer-tokens. Nothing was written."
         )
 
@@ -93,13 +94,7 @@ def require_memory(task: Task) -> None:
 def _sparsity(recipe: Recipe) -> str:
     if recipe.k is not None:
         return f", k {recipe.k}"
-    return f", target L0 {recipe.target_l0:g}" if recipe.target_l0 else f", lambda {recipe.coefficient:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f", target L0 {recipe.target_l0:g}" if recipe.target_l0 else f", lambda {setting(recipe.coefficient)}"
 
 
 def make_plan(config: TrainConfig) -> Plan:

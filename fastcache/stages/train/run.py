@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import IntegrityError, NonFiniteError
+from fastcache.figures import figure, setting
 from fastcache.interrupt import deferred_interrupt
 from fastcache.progress import Progress
 from fastcache.progress import Task as Shown
@@ -129,7 +130,8 @@ def say_selection(selection: Selection, progress: Progress) -> None:
         progress.say(f"Tokens: {selection.n_kept:,} of {selection.n_rows:,} kept; left out: {dropped}")
     if selection.largest_norm is not None:
         progress.say(
-            f"Norm filter: rows above {selection.largest_norm:.4g} are left out; the median is {selection.median_norm:.4g}"
+            f"Norm filter: rows above {figure(selection.largest_norm)} are left out; "
+            f"the median is {figure(selection.median_norm)}"
         )
 
 
@@ -137,7 +139,7 @@ def _say_recipe(recipe: Recipe, progress: Progress) -> None:
     tokens = recipe.steps * recipe.batch_size
     progress.say(
         f"Recipe {recipe.name}: {recipe.steps:,} steps of {recipe.batch_size:,} tokens ({tokens:,}), d_sae {recipe.d_sae:,}, "
-        f"learning rate {recipe.lr:.2g}"
+        f"learning rate {setting(recipe.lr)}"
     )
     if recipe.name == "fast-paper" and recipe.steps < SHORT_RUN_STEPS and recipe.lr == FAST_PAPER["lr"]:
         progress.say(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fastcache.cache_format.reader import Cache
 from fastcache.corpus import Corpus
 from fastcache.errors import MismatchError
+from fastcache.figures import figure
 from fastcache.progress import Progress
 from fastcache.stages.train.config import ShuffleConfig
 from fastcache.stages.train.order import MixedOrder, Numbers, mixed_order
@@ -157,8 +158,8 @@ def enough_buffer(cache: Cache, config: ShuffleConfig, instances: Runs, progress
 def verdict(comparison: Comparison, enough: int | None) -> str:
     """One sentence: good, or the buffer that would do."""
     figures = (
-        f"{comparison.distinct_ratio:.2f} of a global permutation's distinct instances (good from {GOOD_DISTINCT:.2f}), "
-        f"{comparison.inflation_ratio:.2f} times its variance inflation (good to {GOOD_INFLATION:.2f})"
+        f"{figure(comparison.distinct_ratio)} of a global permutation's distinct instances (good from {GOOD_DISTINCT:.2f}), "
+        f"{figure(comparison.inflation_ratio)} times its variance inflation (good to {GOOD_INFLATION:.2f})"
     )
     return f"Good: {figures}." if enough is None else f"Not good: {figures}. Train with --buffer-tokens {enough:,}."
 

@@ -14,6 +14,7 @@ from typing import Any
 from fastcache.cache_format.reader import open_cache
 from fastcache.config import as_dict
 from fastcache.errors import InputError, NonFiniteError, SpaceError
+from fastcache.figures import size
 from fastcache.files import read_json, write_json_atomic
 from fastcache.memory import free_memory
 from fastcache.progress import Progress
@@ -49,7 +50,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan in words."""
         lines = [
-            f"Sweep: {len(self.tasks)} SAEs in {len(self.passes)} passes over the cache, at most {self.memory / 1e9:.2f} GB"
+            f"Sweep: {len(self.tasks)} SAEs in {len(self.passes)} passes over the cache, at most {size(self.memory)}"
         ]
         for names in self.passes:
             task = self.tasks[names[0]]
@@ -104,7 +105,7 @@ def _fitting(names: list[str], tasks: Tasks, limit: float) -> Iterator[list[str]
     for name in names:
         if _bytes([tasks[name]]) > limit:
             raise SpaceError(
-                f"{name} needs about {_bytes([tasks[name]]) / 1e9:.2f} GB, which is more than the {limit / 1e9:.2f} GB that "
+                f"{name} needs about {size(_bytes([tasks[name]]))}, which is more than the {size(limit)} that "
                 "the sweep may take. Raise --memory, or lower buffer_tokens or expansion."
             )
         if together and _bytes([tasks[each] for each in (*together, name)]) > limit:
@@ -167,8 +168,8 @@ def _train_pass(tasks: Tasks, out: Path, progress: Progress, number: str) -> Non
             member.failed(error)
             progress.say(f"{member.out.name} failed; the others go on. {error}")
 
-        steps, size = max(member.trainer.n_steps for member in members), first.recipe.batch_size
-        with progress.task(f"pass {number}", steps * size, "tokens", members[0].trainer.step_number * size) as shown:
+        steps, batch = max(member.trainer.n_steps for member in members), first.recipe.batch_size
+        with progress.task(f"pass {number}", steps * batch, "tokens", members[0].trainer.step_number * batch) as shown:
             train_together(members, shown, failed)
         for member in members:
             if _state(member.out)["state"] == "trained":

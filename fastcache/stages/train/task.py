@@ -131,7 +131,10 @@ def prepare_task(config: TrainConfig, cache: Cache | None = None, selection: Sel
     cache = cache or open_cache(config.cache)
     cache.require_complete()
     if cache.manifest.identity["corpus"]["split"] != "train":
-        raise InputError(f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of --split train.")
+        raise InputError(
+            f"{config.cache} holds held-out rows, kept for evaluation. Train on a cache of training rows, which "
+            "`fastcache extract --split train` makes."
+        )
     hook = cache.require_hook(None if config.layer is None else f"resid_post.{config.layer}")
     selection = selection or select_rows(cache, hook, config)
     recipe = resolve(config, cache.d_in, selection.n_kept)

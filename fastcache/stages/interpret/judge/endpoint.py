@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcache.errors import BudgetError, EndpointError, FastcacheError, InputError
 from fastcache.extras import require_packages
+from fastcache.figures import figure
 from fastcache.files import parse_json
 from fastcache.progress import Progress, Task
 from fastcache.stages.interpret.config import JudgeConfig
@@ -94,7 +95,7 @@ class Endpoint:
                     await self._until_answered(client, prompt)
                 if self._stop:
                     return
-                task.advance(1, f"cost {self._log.cost:.4g}" if self._costs.are_known else "")
+                task.advance(1, f"cost {figure(self._log.cost)}" if self._costs.are_known else "")
 
         async with client:
             await asyncio.gather(*(work() for _ in range(self._config.concurrency)))
