@@ -11,9 +11,19 @@ NON_FINITE = "non-finite residuals"
 
 
 def part_ledger(entries: Iterable[Entry]) -> dict[str, Any]:
-    """Entries of one part: a count of the stored, the rows of all others by outcome."""
+    """Entries of one part: a count of the stored, the rows of all others by outcome.
+
+    Where rendering changed dialogues or the chat template left something out, there are counts of that as well.
+    """
     ledger: dict[str, Any] = {"stored": 0, "truncated": [], "skipped": {}}
-    for row, outcome in entries:
+    for row, outcome, changes, left_out in entries:
+        for change in changes:
+            changed = ledger.setdefault("changed", {})
+            changed[change] = changed.get(change, 0) + 1
+        for name, n_characters in left_out:
+            counts = ledger.setdefault("left_out", {}).setdefault(name, {"rows": 0, "characters": 0})
+            counts["rows"] += 1
+            counts["characters"] += n_characters
         if outcome == "stored":
             ledger["stored"] += 1
         elif outcome == "truncated":
@@ -26,17 +36,27 @@ def part_ledger(entries: Iterable[Entry]) -> dict[str, Any]:
 def total_ledger(parts: Iterable[dict[str, Any]], n_failed: int, n_rows: int) -> dict[str, Any]:
     """Sum of the parts' ledgers, and of the rows of units that failed, over a corpus of `n_rows`.
 
-    Rows beyond the token budget are `not reached`.
+    Rows beyond the token budget are `not reached`. `first_skipped` has the first row of each reason.
 
     Raises `IntegrityError` if the parts account for more rows than there are.
     """
     stored = truncated = 0
     skipped: dict[str, int] = {}
+    first: dict[str, int] = {}
+    changed: dict[str, int] = {}
+    left_out: dict[str, dict[str, int]] = {}
     for ledger in parts:
         stored += ledger["stored"]
         truncated += len(ledger["truncated"])
         for reason, rows in ledger["skipped"].items():
             skipped[reason] = skipped.get(reason, 0) + len(rows)
+            first[reason] = min([*rows, *([first[reason]] if reason in first else [])])
+        for change, count in ledger.get("changed", {}).items():
+            changed[change] = changed.get(change, 0) + count
+        for name, counts in ledger.get("left_out", {}).items():
+            total = left_out.setdefault(name, {"rows": 0, "characters": 0})
+            for unit, count in counts.items():
+                total[unit] += count
     accounted = stored + truncated + sum(skipped.values()) + n_failed
     if accounted > n_rows:
         raise IntegrityError(f"The ledger accounts for {accounted} rows of a corpus with {n_rows}.")
@@ -47,4 +67,22 @@ def total_ledger(parts: Iterable[dict[str, Any]], n_failed: int, n_rows: int) ->
         "skipped": dict(sorted(skipped.items())),
         "failed": n_failed,
         "not reached": n_rows - accounted,
+        **({"first_skipped": dict(sorted(first.items()))} if first else {}),
+        **({"changed": dict(sorted(changed.items()))} if changed else {}),
+        **({"left_out": dict(sorted(left_out.items()))} if left_out else {}),
     }
+
+
+def rendering_notes(ledger: dict[str, Any]) -> list[str]:
+    """What a total ledger says about rendering, a sentence each: refusals with their first row, changes, losses."""
+    notes = [
+        f"{count:,} dialogues were skipped ({reason}); the first one is row {ledger['first_skipped'][reason]:,}."
+        for reason, count in ledger.get("skipped", {}).items()
+        if reason in ledger.get("first_skipped", {})
+    ]
+    notes += [f"{count:,} dialogues were changed: {change}." for change, count in ledger.get("changed", {}).items()]
+    notes += [
+        f"The chat template left out {name} of {counts['rows']:,} dialogues ({counts['characters']:,} characters)."
+        for name, counts in ledger.get("left_out", {}).items()
+    ]
+    return notes
