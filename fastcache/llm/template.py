@@ -293,7 +293,8 @@ def _refusal(error: Exception, traced: _Refused | None) -> TemplateRefusalError:
     """The refusal of a template that raised `error`; the same error, traced, knows what is quoted of the dialogue."""
     by_template = _is_by_template(error)
     reason = str(traced) if traced and traced.by_template and by_template else str(error)
-    reason = " ".join(reason.split())
+    reason = "".join(character if character.isprintable() else " " for character in reason)
+    reason = " ".join(reason.split()) or "no reason given"
     return TemplateRefusalError(reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…", by_template)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastcache.errors import IntegrityError
-from fastcache.stages.extract.sequences import Entry
+from fastcache.stages.extract.sequences import NOT_RENDERED, REFUSED, Entry
 
 NON_FINITE = "non-finite residuals"
 """Why a dialogue was skipped."""
@@ -31,6 +31,15 @@ def part_ledger(entries: Iterable[Entry]) -> dict[str, Any]:
         else:
             ledger["skipped"].setdefault(outcome, []).append(row)
     return ledger
+
+
+def outcomes(ledger: dict[str, Any]) -> dict[str, Any]:
+    """What became of the rows of a part, without the words of refusals, which caches of older versions don't have."""
+    skipped: dict[str, list[int]] = {}
+    for reason, rows in ledger["skipped"].items():
+        kind = REFUSED if reason.startswith((REFUSED, NOT_RENDERED)) else reason
+        skipped[kind] = sorted([*skipped.get(kind, []), *rows])
+    return {"stored": ledger["stored"], "truncated": ledger["truncated"], "skipped": skipped}
 
 
 def total_ledger(parts: Iterable[dict[str, Any]], n_failed: int, n_rows: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from fastcache.errors import InputError, TemplateRefusalError
 
 REFUSED = "refused by the chat template"
 """Beginning of the reason why a dialogue was skipped; the template's own message follows."""
+NOT_RENDERED = "not rendered"
+"""The same for what is no dialogue, or no text."""
 
 
 class Tokens(NamedTuple):
@@ -48,7 +50,7 @@ def reason_of(error: InputError) -> str:
     """Why a row was skipped that can't be rendered: short, and the same for all rows of one kind."""
     if isinstance(error, TemplateRefusalError):
         return f"{REFUSED}: {error.reason}"
-    return f"not rendered: {str(error).split('.')[0]}"
+    return f"{NOT_RENDERED}: {str(error).split('.')[0]}"
 
 
 @dataclass(frozen=True)
