@@ -126,7 +126,9 @@ class ChatRenderer:
         """Whether `text` opens and closes as turns do."""
         closing = self._turns.closing("user")
         opener = self._marking.first_special(text)
-        openers = {self._marking.first_special(self._turns.header(role)[self._n_bos(text) :]) for role in ("user", "system")}
+        openers = {
+            self._marking.first_special(self._turns.header(role)[self._n_bos(text) :]) for role in ("user", "system")
+        }
         return bool(closing) and text.endswith(closing) and opener is not None and opener in openers
 
     def _types(
@@ -138,7 +140,7 @@ class ChatRenderer:
         roles: Sequence[str],
     ) -> npt.NDArray[np.uint8]:
         """Flags of each token `[n]`, with the role of the turn that it belongs to."""
-        is_content = np.array([bool(piece.field) for piece in pieces])[owners]
+        is_content = np.array([bool(piece.field) for piece in pieces], bool)[owners]
         types = np.where(is_content, int(TokenType.CONTENT), int(TokenType.TEMPLATE)).astype(np.uint8)
         is_special = tokens.is_marker | (~is_content & self._marking.is_special(tokens.ids))
         n_bos = self._n_bos(text)
@@ -223,7 +225,8 @@ def _owners(text: str, pieces: Sequence[Piece], tokens: Tokens) -> npt.NDArray[n
 
 def _spans(pieces: Sequence[Piece], owners: npt.NDArray[np.int64], n_turns: int) -> list[tuple[int, int]]:
     """First token and last token + 1 of the texts of each turn."""
-    of_turns = np.array([piece.turn if piece.field and piece.turn is not None else -1 for piece in pieces])[owners]
+    of_pieces = [piece.turn if piece.field and piece.turn is not None else -1 for piece in pieces]
+    of_turns = np.array(of_pieces, np.int64)[owners]
     spans = []
     for turn in range(n_turns):
         tokens = np.flatnonzero(of_turns == turn)

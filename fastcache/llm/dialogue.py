@@ -81,7 +81,9 @@ class Dialogue:
         made = cls(tuple(_checked_role(turn, message) for turn, message in enumerate(messages)))
         if tools:
             made.tools = made._tracked(list(tools), None, TOOLS)
-        made.form = Form([made._message(turn, message) for turn, message in enumerate(messages)], [*range(len(messages))])
+        made.form = Form(
+            [made._message(turn, message) for turn, message in enumerate(messages)], [*range(len(messages))]
+        )
         return made
 
     def _message(self, turn: int, message: Message) -> TrackedDict:
@@ -152,11 +154,15 @@ def _checked_role(turn: int, message: Message) -> str:
 def split_reasoning(content: str) -> list[tuple[str, str]]:
     """The parts of an assistant's content, each with what it is: reasoning, the tags around it, or content.
 
-    A closing tag ends reasoning that began at the opening tag before it or, if there is none, at the beginning.
+    A closing tag ends reasoning that began at the opening tag before it or, if there is none, at the beginning. An
+    opening tag at the beginning opens reasoning even if it is never closed.
     """
     for opening, closing in REASONING_TAGS:
         if closing in content:
             break
+        if content.lstrip().startswith(opening):
+            before, tag, reasoning = content.partition(opening)
+            return [part for part in ((before, CONTENT), (tag, MARK), (reasoning, REASONING)) if part[0]]
     else:
         return [(content, CONTENT)]
     parts: list[tuple[str, str]] = []

@@ -79,7 +79,9 @@ class Written:
             name = self._name_of(source)
             if not name or sum(map(len, parts)) >= max(1, len(source.text)):
                 continue
-            n_missing = n_visible(source.text) - sum(map(n_visible, parts)) if source.text else int(source.field != CONTENT)
+            n_missing = (
+                n_visible(source.text) - sum(map(n_visible, parts)) if source.text else int(source.field != CONTENT)
+            )
             if n_missing > 0:
                 missing[name] = missing.get(name, 0) + n_missing
         return missing
@@ -109,7 +111,7 @@ class ChatTemplate:
         """
         self._tokenizer = tokenizer
         self._fold_system = fold_system
-        self._source(False)
+        self._sources = {has_tools: self._find_source(has_tools) for has_tools in (False, True)}
         self._compiled = lru_cache(2)(self._compile)
         self._known_aliases: list[str] | None = None
 
@@ -149,12 +151,12 @@ class ChatTemplate:
         texts: list[str] = []
         for has_tools in (False, True):
             self._compiled(has_tools)  # which tells what is wrong with it
-            tree = self._environment.parse(self._source(has_tools))
+            tree = self._environment.parse(self._sources[has_tools])
             texts += [node.data for node in tree.find_all(nodes.TemplateData)]
             texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         return texts
 
-    def _source(self, has_tools: bool) -> str:
+    def _find_source(self, has_tools: bool) -> str:
         """The template, of those a tokenizer may have; raises `ModelError` if there is none."""
         try:
             return _DATE_MACRO + str(self._tokenizer.get_chat_template(tools=[{}] if has_tools else None))
@@ -173,8 +175,8 @@ class ChatTemplate:
         from fastcache.llm.template_env import TemplateLimitError
 
         try:
-            self._environment.check_constants(self._source(has_tools))
-            return self._environment.from_string(self._source(has_tools))
+            self._environment.check_constants(self._sources[has_tools])
+            return self._environment.from_string(self._sources[has_tools])
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"The model's chat template is no valid Jinja: {error}") from error
         except (TemplateLimitError, RecursionError, MemoryError, ValueError, SyntaxError) as error:
@@ -223,7 +225,7 @@ class ChatTemplate:
             self._tokenizer.apply_chat_template(
                 [untracked(message) for message in form.messages],
                 tools=tools,
-                chat_template=self._source(bool(tools)),
+                chat_template=self._sources[bool(tools)],
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
             )
@@ -268,7 +270,9 @@ class ChatTemplate:
         return ModelError(f"The model's chat template can't be used: {reason}. {_ADVICE}")
 
 
-_ADVICE = "Take the model from its publisher again, or use another one; plain text goes without a template (--method bt-p)."
+_ADVICE = (
+    "Take the model from its publisher again, or use another one; plain text goes without a template (--method bt-p)."
+)
 
 
 class _Refused(Exception):

@@ -333,7 +333,7 @@ class TrackingEnvironment(ImmutableSandboxedEnvironment):
                 return realigned(result, texts)
         return result
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """A call of the template; methods of texts keep codes, and are checked beforehand for what they would make."""
         receiver = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         if not isinstance(receiver, str):

@@ -143,7 +143,12 @@ class TurnFinder:
 
     def _learn_ending(self, role: str) -> str:
         """What is written at the very end of a dialogue, behind the template's loop, where a turn of `role` is the last."""
-        roles = {"system": ("system",), "developer": ("developer",), "user": ("user",), "assistant": ("user", "assistant")}
+        roles = {
+            "system": ("system",),
+            "developer": ("developer",),
+            "user": ("user",),
+            "assistant": ("user", "assistant"),
+        }
         if (seen := self._seen(roles.get(role, ("user", "assistant", "tool")))) is None:
             return ""
         text, sources = seen
@@ -171,7 +176,11 @@ def _pieces_of(text: Tracked, sources: Sequence[Source]) -> list[Piece]:
         pieces.append(Piece(position, position + length, turn, field))
         position += length
     for i in range(1, len(pieces) - 1):
-        if pieces[i].field == CALLS and not pieces[i - 1].field and pieces[i - 1].turn == pieces[i + 1].turn is not None:
+        if (
+            pieces[i].field == CALLS
+            and not pieces[i - 1].field
+            and pieces[i - 1].turn == pieces[i + 1].turn is not None
+        ):
             pieces[i] = pieces[i]._replace(turn=pieces[i - 1].turn)  # a tool's turn begins with the name of the tool
     return pieces
 
@@ -185,5 +194,3 @@ def _divided(pieces: Sequence[Piece], split: int, before: int | None, turn: int)
         else:
             divided.append(piece._replace(turn=before if piece.stop <= split else turn))
     return divided
-
-

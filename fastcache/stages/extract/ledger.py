@@ -85,13 +85,18 @@ def total_ledger(parts: Iterable[dict[str, Any]], n_failed: int, n_rows: int) ->
 def rendering_notes(ledger: dict[str, Any]) -> list[str]:
     """What a total ledger says about rendering, a sentence each: refusals with their first row, changes, losses."""
     notes = [
-        f"{count:,} dialogues were skipped ({reason}); the first one is row {ledger['first_skipped'][reason]:,}."
+        f"{_dialogues(count)} skipped ({reason}); the first one is row {ledger['first_skipped'][reason]:,}."
         for reason, count in ledger.get("skipped", {}).items()
         if reason in ledger.get("first_skipped", {})
     ]
-    notes += [f"{count:,} dialogues were changed: {change}." for change, count in ledger.get("changed", {}).items()]
+    notes += [f"{_dialogues(count)} changed: {change}." for change, count in ledger.get("changed", {}).items()]
     notes += [
-        f"The chat template left out {name} of {counts['rows']:,} dialogues ({counts['characters']:,} characters)."
+        f"{_dialogues(counts['rows'])} shortened by the chat template: it left out {name} ({counts['characters']:,} "
+        "characters)."
         for name, counts in ledger.get("left_out", {}).items()
     ]
     return notes
+
+
+def _dialogues(count: int) -> str:
+    return "1 dialogue was" if count == 1 else f"{count:,} dialogues were"

@@ -18,7 +18,7 @@ from fastcache.progress import Progress
 from fastcache.rundir import versions
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.job import Job, make_job
-from fastcache.stages.extract.ledger import part_ledger, rendering_notes, total_ledger
+from fastcache.stages.extract.ledger import part_ledger, total_ledger
 from fastcache.stages.extract.memory import queue_bytes
 from fastcache.stages.extract.output import cache_output
 from fastcache.stages.extract.plan import announce, make_plan
@@ -78,10 +78,7 @@ def extract(
         failed = run.compute(
             f"extract {config.method}", job.units(), writer, None if writer.manifest.parity else keep_parity
         )
-        cache = finish(writer, job, failed)
-        for note in rendering_notes(cache.manifest.ledger):
-            progress.say(note)
-        return cache
+        return finish(writer, job, failed)
 
 
 def _nothing_rendered(items: Sequence[Item], job: Job) -> str:
