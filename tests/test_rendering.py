@@ -93,16 +93,17 @@ def test_calls_and_answers_belong_to_their_turns(made):
     assert "Looks up a town." in content_of(tokenizer, rendered, TurnRole.SYSTEM)
 
 
+CALLS = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ ARGUMENTS }}{% endfor %}{% endfor %}"
 FORMS = {
     "object for a template that writes JSON": ("Qwen2.5", '{"town": "Oslo"}', (AS_OBJECT,)),
     "object for a template that takes both": ("Qwen3-0.6B", {"town": "Oslo"}, ()),
     "text for a template that adds it": (
-        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ 'a' + c.function.arguments }}{% endfor %}{% endfor %}",
+        CALLS.replace("ARGUMENTS", "'a' + c.function.arguments"),
         {"town": "Oslo"},
         (AS_TEXT,),
     ),
     "text for a template that prints it": (
-        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}",
+        CALLS.replace("ARGUMENTS", "c.function.arguments"),
         {"town": "Oslo"},
         (AS_TEXT,),
     ),
@@ -250,7 +251,7 @@ def test_reasons_of_refusals_are_kept_and_quoted(tiny_qwen, tmp_path):
 def test_a_corpus_of_refused_dialogues_is_refused_with_the_reason(tiny_qwen, tmp_path):
     dialogues = [[turn("system", "x"), turn("user", f"{n} owls?"), turn("assistant", "yes")] for n in range(40)]
     corpus, model = corpus_of(tmp_path, dialogues), use_template(tiny_qwen, tmp_path, STRICT)
-    with pytest.raises(InputError, match="No system, please .*--fold-system"):
+    with pytest.raises(InputError, match=r"No system, please .*--fold-system"):
         run_extract(model, corpus, tmp_path / "cache", layer=(1,), parity=0)
     folded = run_extract(model, corpus, tmp_path / "cache", layer=(1,), parity=0, fold_system=True)
     assert folded.manifest.ledger["changed"] == {FOLDED: folded.n_instances}

@@ -70,10 +70,9 @@ def test_a_template_that_exceeds_a_limit_is_a_model_error(tokenizer, few_steps, 
 
 
 def test_a_limit_that_only_one_dialogue_exceeds_is_its_refusal(tokenizer, few_steps):
+    endless = loop("{% for j in range(999) %}{% endfor %}")
     tokenizer.chat_template = (
-        "{{ messages[0].content }}{% if 'loop' in messages[0].content %}"
-        + loop("{% for j in range(999) %}{% endfor %}")
-        + "{% endif %}"
+        "{{ messages[0].content }}{% if 'loop' in messages[0].content %}" + endless + "{% endif %}"
     )
     renderer = ChatRenderer(tokenizer)
     assert renderer.render(MESSAGES).text == "owl"

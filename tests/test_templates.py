@@ -1,6 +1,7 @@
 """Published chat templates with dialogues of many shapes: exactly what transformers writes, or the template's own refusal."""
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,8 +73,7 @@ def test_dialogues_have_the_ids_of_transformers_and_one_kind_a_token(known, name
 @pytest.mark.parametrize("name", NAMES)
 def test_tracing_finds_every_character_that_transformers_writes(known, name):
     """The way back by comparing texts is for templates that do what nobody foresaw; these don't need it."""
-    tokenizer, renderer = known(name)
-    template = renderer._template
+    template = known(name)[1]._template
     for messages in SHAPES.values():
         dialogue = Dialogue.of(messages, TOOLS)
         for form in dialogue.forms(fold_system=True):
@@ -125,11 +125,11 @@ def test_role_words_of_headers_are_known(known, name):
 
 
 WHOSE = {
-    "openai-gpt-oss-120b": ("many turns", 2, "<|start|>assistant<|channel|>final<|message|>The grey one.<|end|>"),
-    "google-gemma-3": ("system", 2, "<start_of_turn>user\n"),
-    "swiss-ai-Apertus-8B-Instruct": ("ends with user", 2, "<|assistant_start|>The grey one.<|assistant_end|>"),
-    "moonshotai-Kimi-K2": ("plain", 0, "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"),
-    "deepseek-ai-DeepSeek-V3.1": ("plain", 1, "<｜User｜>Which owl?"),
+    "openai-gpt-oss-120b": ("many turns", "<|start|>assistant<|channel|>final<|message|>The grey one.<|end|>"),
+    "google-gemma-3": ("system", "<start_of_turn>user\n"),
+    "swiss-ai-Apertus-8B-Instruct": ("ends with user", "<|assistant_start|>The grey one.<|assistant_end|>"),
+    "moonshotai-Kimi-K2": ("plain", "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"),
+    "deepseek-ai-DeepSeek-V3.1": ("plain", "<｜User｜>Which owl?"),
 }
 """A template -> a dialogue, and the text of one of the stretches that belong to one role."""
 
@@ -137,11 +137,11 @@ WHOSE = {
 @pytest.mark.parametrize("name", WHOSE)
 def test_text_between_turns_belongs_to_the_right_one(known, name):
     tokenizer, renderer = known(name)
-    shape, number, text = WHOSE[name]
+    shape, text = WHOSE[name]
     rendered = renderer.render(SHAPES[shape])
     roles = turn_roles(rendered.token_types)
     starts = [0, *(np.flatnonzero(np.diff(roles)) + 1).tolist(), len(roles)]
-    stretches = [tokenizer.decode(rendered.token_ids[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    stretches = [tokenizer.decode(rendered.token_ids[a:b]) for a, b in pairwise(starts)]
     assert text in stretches, stretches
 
 

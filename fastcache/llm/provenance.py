@@ -89,24 +89,24 @@ class Tracked(str):
     def removesuffix(self, suffix: str, /) -> "Tracked":
         return self._cut(0, len(str.removesuffix(self, suffix)))
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(str.split(self, sep, maxsplit))
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(str.rsplit(self, sep, maxsplit), len(sep or ""))
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         lines = self._located(str.splitlines(self, keepends=True))
         if keepends:
             return lines
         bare = str.splitlines(self)
         return [line[: len(text)] for line, text in zip(lines, bare, strict=True)]
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, tail = self._located(str.partition(self, sep))
         return head, middle, tail
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, tail = self._located(str.rpartition(self, sep))
         return head, middle, tail
 
@@ -120,7 +120,7 @@ class Tracked(str):
             position = start + len(piece) + gap
         return located
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> "Tracked":  # type: ignore[override]
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> "Tracked":
         """What takes the place of a text has the code of the text, unless it has codes of its own."""
         if not old:
             return realigned(str.replace(self, old, new, count), [self])

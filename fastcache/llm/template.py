@@ -197,7 +197,7 @@ class ChatTemplate:
         traced: Tracked | None = None
         try:
             traced = self._trace(dialogue, form, generation_prompt)
-        except _Refused as refused:
+        except _RefusedError as refused:
             self._trace_plain(dialogue, form, generation_prompt, refused)
         printed_data = self._environment.printed_data
         try:
@@ -210,12 +210,12 @@ class ChatTemplate:
             text = traced if traced == actual else _realigned_to(actual, traced)
         return Written(text, dialogue, form.changes, printed_data)
 
-    def _trace_plain(self, dialogue: Dialogue, form: Form, generation_prompt: bool, refused: "_Refused") -> None:
+    def _trace_plain(self, dialogue: Dialogue, form: Form, generation_prompt: bool, refused: "_RefusedError") -> None:
         """The same without codes: raises `TemplateRefusalError` if the template `refused` a dialogue for good."""
         plain_form = replace(form, messages=[untracked(message) for message in form.messages])
         try:
             self._trace(dialogue, plain_form, generation_prompt)
-        except _Refused as error:
+        except _RefusedError as error:
             raise _refusal(error.cause, refused) from error
 
     def _plain(self, dialogue: Dialogue, form: Form, generation_prompt: bool) -> str:
@@ -232,7 +232,7 @@ class ChatTemplate:
         )
 
     def _trace(self, dialogue: Dialogue, form: Form, generation_prompt: bool) -> Tracked:
-        """The same text, with the code of each character; raises `_Refused` for what the template refuses."""
+        """The same text, with the code of each character; raises `_RefusedError` for what the template refuses."""
         from fastcache.llm.template_env import TemplateLimitError
 
         messages = [self._with_aliases(message) for message in form.messages]
@@ -250,7 +250,7 @@ class ChatTemplate:
             reason = {RecursionError: "it calls itself without end", MemoryError: "it needs too much memory"}
             raise self._broken(reason.get(type(error), str(error)), dialogue) from error
         except _expected_errors() as error:
-            raise _Refused(error) from error
+            raise _RefusedError(error) from error
 
     def _with_aliases(self, message: TrackedDict) -> TrackedDict:
         if "reasoning_content" not in message:
@@ -262,7 +262,7 @@ class ChatTemplate:
         if dialogue.sources != _shortest().sources:
             try:
                 self._trace(_shortest(), _shortest().form, False)
-            except _Refused:
+            except _RefusedError:
                 pass
             except ModelError as error:
                 return error
@@ -275,7 +275,7 @@ _ADVICE = (
 )
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """An error of a traced template, with what it quotes of the dialogue taken out."""
 
     def __init__(self, error: Exception) -> None:
@@ -293,7 +293,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     return jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError
 
 
-def _refusal(error: Exception, traced: _Refused | None) -> TemplateRefusalError:
+def _refusal(error: Exception, traced: _RefusedError | None) -> TemplateRefusalError:
     """The refusal of a template that raised `error`; the same error, traced, knows what is quoted of the dialogue."""
     by_template = _is_by_template(error)
     reason = str(traced) if traced and traced.by_template and by_template else str(error)

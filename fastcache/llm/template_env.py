@@ -90,7 +90,7 @@ class _Generator(CodeGenerator):
         super().visit_For(node, frame)
         self.writeline("environment.end_loop()")
 
-    def visit_Call(self, node: nodes.Call, frame: Frame, **options: Any) -> None:
+    def visit_Call(self, node: nodes.Call, frame: Frame, **options: Any) -> None:  # type: ignore[override]
         if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name == "enter":
             self.write("environment.enter(")
             self.visit(node.args[0], frame)
@@ -111,9 +111,9 @@ def _loaded(target: nodes.Node) -> nodes.Expr:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, which transformers uses to mark what the assistant says; here it does nothing."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja has it
 
-    def parse(self, parser: Any) -> nodes.Scope:
+    def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body).set_lineno(line)
@@ -167,8 +167,10 @@ class TrackingEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(node, nodes.Filter) and node.node is not None:
             if hasattr(self.filters[node.name], "jinja_pass_arg"):
                 raise nodes.Impossible
-            keywords = {pair.key: self._constant(pair.value) for pair in node.kwargs}
+            keywords = {str(pair.key): self._constant(pair.value) for pair in node.kwargs}
             return self.filters[node.name](*map(self._constant, (node.node, *node.args)), **keywords)
+        if not isinstance(node, nodes.Expr):
+            raise nodes.Impossible
         return node.as_const()
 
     def render(
@@ -266,7 +268,7 @@ class TrackingEnvironment(ImmutableSandboxedEnvironment):
                 code = owner_code(turns.pop())
         return recoded(text, code)
 
-    def concat(self, parts: Iterable[str]) -> Tracked:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> Tracked:
         """What a template, a macro or a block wrote."""
         collected: list[str] = []
         size = 0
@@ -306,7 +308,7 @@ class TrackingEnvironment(ImmutableSandboxedEnvironment):
         elif isinstance(left, str):
             self._check_widths(left, right)
             return self._aligned(left % right, (left, right))
-        return super().call_binop(context, operator, left, right)
+        return self.binop_table[operator](left, right)
 
     def _check_number(self, base: Any, exponent: Any) -> None:
         if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > MAX_NUMBER_BITS:
@@ -429,7 +431,7 @@ def _tojson(
 
 def _safe(value: Any) -> str:
     """Nothing is escaped in chat templates."""
-    return value if isinstance(value, Tracked) else Markup(value)
+    return value if isinstance(value, Tracked) else Markup(value)  # noqa: S704 - as the filter of Jinja that it stands for
 
 
 @jinja2.pass_environment

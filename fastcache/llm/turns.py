@@ -7,7 +7,7 @@ loop. The header of each role is learnt from short dialogues.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from fastcache.errors import InputError, ModelError
 from fastcache.llm.dialogue import CALLS, Source
@@ -17,7 +17,7 @@ from fastcache.llm.template import ChatTemplate, Written, probe
 NOBODY = None
 """The turn of what the template writes before the first one."""
 
-HEADERS_SEEN = {
+HEADERS_SEEN: dict[str, list[tuple[tuple[str, ...], int]]] = {
     "system": [(("system", "user"), 0)],
     "developer": [(("developer", "user"), 0)],
     "user": [(("user",), 0), (("user", "assistant", "user"), 2), (("user", "assistant", "user", "assistant"), 2)],
@@ -66,8 +66,7 @@ class TurnFinder:
             if here is None:  # nothing but the end
                 assigned += [piece._replace(turn=last) for piece in pieces[position:]]
                 break
-            turn = pieces[here].turn
-            assert turn is not None
+            turn = cast(int, pieces[here].turn)
             stop = here
             if turn not in begun:
                 while stop < len(pieces) and pieces[stop].turn == turn and not pieces[stop].field:

@@ -65,7 +65,7 @@ def fast_items(rows: Iterable[CorpusRow], tokenize: Tokenize, max_length: int) -
     """One sequence a dialogue; longer ones keep their head."""
     for row in rows:
         try:
-            token_ids, token_types, *how = tokenize(row)
+            token_ids, token_types, changes, left_out = tokenize(row)
         except InputError as error:
             yield Item(None, [Entry(row.row, reason_of(error))])
             continue
@@ -74,7 +74,7 @@ def fast_items(rows: Iterable[CorpusRow], tokenize: Tokenize, max_length: int) -
             continue
         outcome = "truncated" if len(token_ids) > max_length else "stored"
         instance = Instance(row.row, token_ids[:max_length], token_types[:max_length], [(row.row, 0)])
-        yield Item(instance, [Entry(row.row, outcome, *how)])
+        yield Item(instance, [Entry(row.row, outcome, changes, left_out)])
 
 
 @dataclass
@@ -110,7 +110,7 @@ def block_items(
     number, block = 0, _Block()
     for row in rows:
         try:
-            token_ids, token_types, *how = tokenize(row)
+            token_ids, token_types, changes, left_out = tokenize(row)
         except InputError as error:
             block.entries.append(Entry(row.row, reason_of(error)))
             continue
@@ -128,7 +128,7 @@ def block_items(
             block.take(row.row, token_ids[:room], token_types[:room])
             token_ids, token_types = token_ids[room:], token_types[room:]
             if not len(token_ids):
-                block.entries.append(Entry(row.row, "truncated" if is_cut else "stored", *how))
+                block.entries.append(Entry(row.row, "truncated" if is_cut else "stored", changes, left_out))
             if block.length == block_size:
                 yield block.item(number)
                 number, block = number + 1, _Block()
