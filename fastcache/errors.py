@@ -19,6 +19,16 @@ class InputError(FastcacheError, ValueError):
     """An option, a file or a row that can't be used."""
 
 
+class TemplateRefusalError(InputError):
+    """A dialogue that the model's chat template doesn't take."""
+
+    def __init__(self, reason: str, by_template: bool = False) -> None:
+        """`reason` is the template's own message, or that of Jinja or Python if it has none (`by_template` false)."""
+        super().__init__(f"The model's chat template refuses this dialogue: {reason}")
+        self.reason = reason
+        self.by_template = by_template
+
+
 class ModelError(FastcacheError, ValueError):
     """A model or tokenizer that can't be found or can't be used."""
 

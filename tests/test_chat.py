@@ -313,8 +313,6 @@ def test_a_system_message_that_the_template_moves_is_followed(renderers, tokeniz
 
 
 REFUSED = {
-    "left out": ("mistral", [*dialogue(("system", "Be kind.")), *EXCHANGE], "turn 0 .system."),
-    "tool left out": ("phi", [*EXCHANGE, *dialogue(("tool", "x"))], "turn 2 .tool."),
     "system": ("gemma", [*dialogue(("system", "Be kind.")), *EXCHANGE], "not supported"),
     "order": ("gemma", EXCHANGE[::-1], "must alternate"),
     "role": ("qwen", dialogue(("user", "x"), ("narrator", "y")), "Turn 1 .*narrator"),
@@ -325,20 +323,34 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_dialogue_that_cannot_be_aligned_is_an_input_error(renderers, case):
+def test_a_dialogue_that_is_refused_is_an_input_error(renderers, case):
     name, messages, reason = REFUSED[case]
     with pytest.raises(InputError, match=reason):
         renderers(name).render(messages)
 
 
-def test_contents_changed_in_an_unknown_way_are_an_input_error(demo_tokenizer):
+LEFT_OUT = {
+    "system": ("mistral", [*dialogue(("system", "Be kind.")), *EXCHANGE], {"system content": 7}),
+    "tool": ("phi", [*EXCHANGE, *dialogue(("tool", "x"))], {"tool content": 1}),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_turn_that_the_template_leaves_out_is_counted(renderers, tokenizers, case):
+    name, messages, left_out = LEFT_OUT[case]
+    rendered = renderers(name).render(messages)
+    assert rendered.left_out == left_out
+    assert rendered.token_ids.tolist() == template_ids(tokenizers(name), messages)
+
+
+def test_contents_that_the_template_changes_stay_contents(demo_tokenizer):
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.replace('owl', 'cat') }}{% endfor %}"
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     tokenizer.chat_template = template
     renderer = ChatRenderer(tokenizer)
-    assert renderer.render(dialogue(("user", "grey"))).turns
-    with pytest.raises(InputError, match="change contents"):
-        renderer.render(dialogue(("user", "owl")))
+    rendered = renderer.render(dialogue(("user", "an owl sat")))
+    assert rendered.text == "<|im_start|>user\nan cat sat"
+    assert text_of(tokenizer, rendered, (rendered.token_types & C) != 0) == "an cat sat"
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}"])

@@ -67,6 +67,8 @@ class TurnRole(IntEnum):
     USER = 2
     ASSISTANT = 3
     TOOL = 4
+    REASONING = 5
+    """What an assistant thinks before it answers."""
 
 
 ROLE_SHIFT = 5

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcache.errors import MismatchError
+from fastcache.errors import MismatchError, NonFiniteError
 from fastcache.llm.backend import Backend, Residuals, TokenIds
 from fastcache.llm.loading import ModelSource
 from fastcache.llm.reference import Reference
@@ -41,14 +41,27 @@ def check_parity(
     reference: Callable[[TokenIds], Residuals],
     sequences: Sequence[TokenIds],
     model_dtype: str,
+    skip_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Compare backend and reference; returns the figures for the manifest, by hook point.
 
-    Raises `MismatchError` if the relative L2 difference of a sequence is above the limit of the dtype.
+    With `skip_nonfinite`, sequences for which the reference has NaN or infinity are not compared.
+    Raises `MismatchError` if the relative L2 difference of a sequence is above the limit of the dtype, and
+    `NonFiniteError` if the reference is not finite where it should be, or for no sequence.
     """
     figures: dict[str, Any] = {}
+    lengths: list[int] = []
     for token_ids, found in zip(sequences, backend.residuals(sequences), strict=True):
         expected = reference(token_ids)
+        if not all(np.isfinite(rows).all() for rows in expected.values()):
+            if skip_nonfinite:
+                continue
+            raise NonFiniteError(
+                f"Parity check: the plain float32 model itself gives NaN or infinity for a sequence of {len(token_ids)} "
+                "tokens. No activations were written. --on-nonfinite skip leaves such dialogues out; if there are many, the "
+                "weights are damaged."
+            )
+        lengths.append(len(token_ids))
         for hook in expected:
             absolute = float(np.abs(found[hook] - expected[hook]).max())
             relative = relative_difference(found[hook], expected[hook])
@@ -56,12 +69,17 @@ def check_parity(
             entry["max_abs_difference"] = max(entry["max_abs_difference"], absolute)
             entry["max_relative_l2"] = max(entry["max_relative_l2"], relative)
             if not relative <= RELATIVE_LIMITS[model_dtype]:
+                advice = "" if model_dtype == "float32" else " Try --model-dtype float32."
                 raise MismatchError(
                     f"Parity check: a sequence of {len(token_ids)} tokens differs from the plain float32 model by "
                     f"{relative:.2e} (relative L2) at {hook}; the limit for {model_dtype} is "
-                    f"{RELATIVE_LIMITS[model_dtype]:.0e}. No activations were written. Try --model-dtype float32."
+                    f"{RELATIVE_LIMITS[model_dtype]:.0e}. No activations were written.{advice}"
                 )
-    lengths = [len(token_ids) for token_ids in sequences]
+    if not lengths:
+        raise NonFiniteError(
+            "Parity check: the plain float32 model gives NaN or infinity for every sequence that was compared, so its weights "
+            "are damaged. No activations were written. Take the model from its publisher again."
+        )
     return {
         "reference": "transformers, whole model, float32, unbatched, cpu",
         "lengths": lengths,

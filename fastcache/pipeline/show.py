@@ -18,6 +18,7 @@ from fastcache.origins import corpus_sources, model_title
 from fastcache.pipeline.console import print_text, printable
 from fastcache.pipeline.tables import FullTable, figure_columns, name_columns, print_facts, print_table
 from fastcache.progress import Progress
+from fastcache.stages.extract.ledger import rendering_notes
 from fastcache.stages.train.config import ShuffleConfig
 from fastcache.stages.train.order import mixed_order
 from fastcache.stages.train.shuffle import compare, enough_buffer, runs_of, verdict
@@ -85,9 +86,12 @@ def show_cache(console: Console, cache: Cache) -> None:
         rows.append(("last block", f"partial: {last:,} of {block_size:,} tokens"))
     if types := look_up(totals, "tokens_by_type"):
         rows.append(("by type", counted({name.lower().replace("_", " "): n for name, n in types.items()})))
+    if roles := look_up(totals, "tokens_by_role"):
+        rows.append(("by turn", counted({name.lower(): n for name, n in roles.items()})))
     rows.append(("size", f"{figures.size(totals.get('n_bytes'))}, {manifest.dtype}, d_in {manifest.d_in}"))
     if manifest.ledger:
         rows.append(("ledger", _ledger(manifest.ledger)))
+        rows += [("", note) for note in rendering_notes(manifest.ledger)]
     if manifest.failed:
         units = "; ".join(f"{unit} ({reason})" for unit, reason in manifest.failed.items())
         rows.append(("failed units", f"{units}. Run the extract command again to try them."))

@@ -17,7 +17,7 @@ from fastcache.crew import Advance, Crew, Done, Failed, Report, Work
 from fastcache.errors import FormatError, MismatchError, NonFiniteError, SpaceError
 from fastcache.llm.backend import Backend, LostBackendError, Residuals
 from fastcache.llm.backends import BackendPlan
-from fastcache.stages.extract.ledger import NON_FINITE, part_ledger
+from fastcache.stages.extract.ledger import NON_FINITE, outcomes, part_ledger
 from fastcache.stages.extract.sequences import Entry, Unit
 from fastcache.stages.extract.status import Status
 
@@ -63,7 +63,7 @@ def _without(unit: Unit, rows: set[int]) -> Unit:
     return replace(
         unit,
         instances=[instance for instance in unit.instances if instance.instance_id not in rows],
-        entries=[Entry(row, NON_FINITE) if row in rows else Entry(row, outcome) for row, outcome in unit.entries],
+        entries=[Entry(entry.row, NON_FINITE) if entry.row in rows else entry for entry in unit.entries],
         n_tokens=sum(len(i.token_ids) for i in unit.instances if i.instance_id not in rows),
     )
 
@@ -71,7 +71,9 @@ def _without(unit: Unit, rows: set[int]) -> Unit:
 def as_committed(unit: Unit, record: PartRecord, url: str) -> Unit:
     """The unit as it was committed; raises `MismatchError` if it can't have been this one."""
     unit = _without(unit, set(record.ledger["skipped"].get(NON_FINITE, ())))
-    if (record.n_tokens, record.n_instances, record.ledger) != _figures(unit):
+    n_tokens, n_instances, ledger = _figures(unit)
+    there = record.n_tokens, record.n_instances, outcomes(record.ledger)
+    if there != (n_tokens, n_instances, outcomes(ledger)):
         raise MismatchError(
             f"Part {unit.index} of {url} holds other sequences than are made now: a package changed since it was begun "
             "(run.json has the versions). Go back to these versions, or start over with --fresh."

@@ -37,6 +37,10 @@ class ExtractConfig:
     )
     block_size: int = option(2048, help="Tokens of a block (bt-f, bt-p); at most the model's context.", at_least=1)
     default_system: bool = option(True, help="Keep the system turn that a template adds by itself.")
+    fold_system: bool = option(
+        False,
+        help="Put a system turn that the chat template refuses or leaves out at the beginning of the first user turn.",
+    )
     dtype: str = option(
         "bfloat16",
         choices=("bfloat16", "float16", "float32", "int8"),

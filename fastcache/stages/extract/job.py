@@ -23,7 +23,7 @@ from fastcache.llm.model_files import require_known_tokens
 from fastcache.stages.extract.compute import Worker
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.model_use import ModelUse
-from fastcache.stages.extract.sequences import Item, Tokenize, Unit, block_items, cut_units, fast_items
+from fastcache.stages.extract.sequences import Item, Tokenize, Tokens, Unit, block_items, cut_units, fast_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,12 +83,13 @@ class Job:
 
     def _tokenizer(self) -> Tokenize:
         if self.config.method == "bt-p":
-            return lambda row: text_tokens(self.tokenizer, row.text or "")
-        renderer = ChatRenderer(self.tokenizer, self.config.default_system)
+            return lambda row: Tokens(*text_tokens(self.tokenizer, row.text or ""))
+        renderer = ChatRenderer(self.tokenizer, self.config.default_system, self.config.fold_system)
 
-        def tokenize(row: CorpusRow) -> Any:
-            rendered = renderer.render(row.messages or [])
-            return rendered.token_ids, rendered.token_types
+        def tokenize(row: CorpusRow) -> Tokens:
+            rendered = renderer.render(row.messages or [], row.tools)
+            left_out = tuple(sorted(rendered.left_out.items()))
+            return Tokens(rendered.token_ids, rendered.token_types, rendered.changes, left_out)
 
         return tokenize
 
@@ -112,6 +113,7 @@ class Job:
                 **tokenizer_identity(self.tokenizer),
                 "template_date": FIXED_DATE,
                 "default_system": config.default_system,
+                **({"fold_system": True} if config.fold_system else {}),
             },
             "corpus": {"fingerprint": self.corpus.fingerprint, "split": config.split},
             "method": {"name": config.method, **length, "separator": self.separator[1], **policy},

@@ -1,7 +1,7 @@
 """The extract stage: units of the corpus go through the model, each becomes a committed part of the cache."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from fastcache.cache_format.manifest import Manifest
 from fastcache.cache_format.reader import Cache
-from fastcache.cache_format.schema import TokenType
+from fastcache.cache_format.schema import ROLE_SHIFT, TokenType, TurnRole
 from fastcache.cache_format.writer import CacheWriter
 from fastcache.config import as_dict
 from fastcache.errors import InputError, ModelError
@@ -18,13 +18,16 @@ from fastcache.progress import Progress
 from fastcache.rundir import versions
 from fastcache.stages.extract.config import ExtractConfig
 from fastcache.stages.extract.job import Job, make_job
-from fastcache.stages.extract.ledger import total_ledger
+from fastcache.stages.extract.ledger import part_ledger, total_ledger
 from fastcache.stages.extract.memory import queue_bytes
 from fastcache.stages.extract.output import cache_output
 from fastcache.stages.extract.plan import announce, make_plan
+from fastcache.stages.extract.sequences import Item
 from fastcache.stages.extract.status import STATUS_FILE
 from fastcache.stages.extract.unit_run import UnitRun
 
+MOST_REASONS = 3
+"""Reasons that are quoted where nothing can be rendered."""
 SAMPLE = 256
 """Sequences looked at to estimate the size of the job and to choose those of the parity check."""
 
@@ -48,9 +51,7 @@ def extract(
     items = list(islice(job.items(), SAMPLE))
     sample = [item.instance for item in items if item.instance]
     if not sample:
-        raise InputError(
-            f"None of the first {SAMPLE} rows of {job.corpus.path} could be rendered; see `fastcache inspect`."
-        )
+        raise InputError(_nothing_rendered(items, job))
     n_rows = max(1, sum(len(item.entries) for item in items))  # a long document may not have ended yet
     plan = make_plan(job, out, sample, n_rows, time.monotonic() - started, fresh)
     if plan.new_tokens:
@@ -80,6 +81,21 @@ def extract(
         return finish(writer, job, failed)
 
 
+def _nothing_rendered(items: Sequence[Item], job: Job) -> str:
+    """Why there is no sequence to begin with: the reasons, with how many rows each has and the first of them."""
+    ledger = part_ledger(entry for item in items for entry in item.entries)
+    reasons = [
+        f"{len(rows):,} rows were {reason} (the first one is row {min(rows):,})"
+        for reason, rows in sorted(ledger["skipped"].items(), key=lambda reason: -len(reason[1]))
+    ]
+    fold = "" if job.config.fold_system else " If system turns are refused, --fold-system puts them into the user's."
+    return (
+        f"None of the first {sum(len(item.entries) for item in items):,} rows of {job.corpus.path} could be rendered: "
+        f"{'; '.join(reasons[:MOST_REASONS])}. Choose a model whose chat template takes such dialogues, or another corpus."
+        f"{fold}"
+    )
+
+
 def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) -> Cache:
     """Check the totals and mark the cache complete; a manifest that says so already is left alone.
 
@@ -107,7 +123,7 @@ def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) 
         "n_instances": cache.n_instances,
         "n_parts": len(records),
         "n_bytes": sum(record.n_bytes(manifest.hook_points) for record in records),
-        "tokens_by_type": _tokens_by_type(cache),
+        **_token_counts(cache),
     }
     if job.config.method != "fast":
         manifest.totals["last_block_tokens"] = len(cache.instance(-1))
@@ -117,11 +133,17 @@ def finish(writer: CacheWriter, job: Job, failed: dict[int, str] | None = None) 
     return Cache(writer.storage)
 
 
-def _tokens_by_type(cache: Cache) -> dict[str, int]:
+def _token_counts(cache: Cache) -> dict[str, dict[str, int]]:
+    """Tokens by the flags of their types and, of roles that there are, by the role of their turn."""
     # Not `part.tokens`, which every part would keep.
     types = (part.small("token_types", (part.record.n_tokens,), "uint8") for part in cache.parts)
     counts = sum((np.bincount(values, minlength=256) for values in types), np.zeros(256, np.int64))
-    return {
+    flags = {
         flag.name or str(int(flag)): int(sum(count for value, count in enumerate(counts) if value & flag))
         for flag in TokenType
     }
+    roles = {
+        role.name: int(sum(count for value, count in enumerate(counts) if value >> ROLE_SHIFT == role))
+        for role in TurnRole
+    }
+    return {"tokens_by_type": flags, "tokens_by_role": {name: count for name, count in roles.items() if count}}

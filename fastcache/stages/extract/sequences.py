@@ -14,9 +14,25 @@ import numpy.typing as npt
 from fastcache.cache_format.part_writer import Instance
 from fastcache.cache_format.schema import TokenType
 from fastcache.corpus import CorpusRow
-from fastcache.errors import InputError
+from fastcache.errors import InputError, TemplateRefusalError
 
-Tokens = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+REFUSED = "refused by the chat template"
+"""Beginning of the reason why a dialogue was skipped; the template's own message follows."""
+NOT_RENDERED = "not rendered"
+"""The same for what is no dialogue, or no text."""
+
+
+class Tokens(NamedTuple):
+    """A corpus row as tokens: ids `[n]` and types `[n]`, and what rendering did to it."""
+
+    ids: npt.NDArray[np.int32]
+    types: npt.NDArray[np.uint8]
+    changes: tuple[str, ...] = ()
+    """How the dialogue was changed so that the chat template takes it."""
+    left_out: tuple[tuple[str, int], ...] = ()
+    """What the chat template left out, and how many characters of it."""
+
+
 Tokenize = Callable[[CorpusRow], Tokens]
 
 
@@ -25,6 +41,16 @@ class Entry(NamedTuple):
 
     row: int
     outcome: str
+    changes: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, int], ...] = ()
+    """As of `Tokens`; empty for a row that was skipped."""
+
+
+def reason_of(error: InputError) -> str:
+    """Why a row was skipped that can't be rendered: short, and the same for all rows of one kind."""
+    if isinstance(error, TemplateRefusalError):
+        return f"{REFUSED}: {error.reason}"
+    return f"{NOT_RENDERED}: {str(error).split('.')[0]}"
 
 
 @dataclass(frozen=True)
@@ -39,16 +65,16 @@ def fast_items(rows: Iterable[CorpusRow], tokenize: Tokenize, max_length: int) -
     """One sequence a dialogue; longer ones keep their head."""
     for row in rows:
         try:
-            token_ids, token_types = tokenize(row)
-        except InputError:
-            yield Item(None, [Entry(row.row, "refused by the chat template")])
+            token_ids, token_types, changes, left_out = tokenize(row)
+        except InputError as error:
+            yield Item(None, [Entry(row.row, reason_of(error))])
             continue
         if not len(token_ids):
             yield Item(None, [Entry(row.row, "no tokens")])
             continue
         outcome = "truncated" if len(token_ids) > max_length else "stored"
         instance = Instance(row.row, token_ids[:max_length], token_types[:max_length], [(row.row, 0)])
-        yield Item(instance, [Entry(row.row, outcome)])
+        yield Item(instance, [Entry(row.row, outcome, changes, left_out)])
 
 
 @dataclass
@@ -84,9 +110,9 @@ def block_items(
     number, block = 0, _Block()
     for row in rows:
         try:
-            token_ids, token_types = tokenize(row)
-        except InputError:
-            block.entries.append(Entry(row.row, "refused by the chat template"))
+            token_ids, token_types, changes, left_out = tokenize(row)
+        except InputError as error:
+            block.entries.append(Entry(row.row, reason_of(error)))
             continue
         if not len(token_ids):
             block.entries.append(Entry(row.row, "no tokens"))
@@ -102,7 +128,7 @@ def block_items(
             block.take(row.row, token_ids[:room], token_types[:room])
             token_ids, token_types = token_ids[room:], token_types[room:]
             if not len(token_ids):
-                block.entries.append(Entry(row.row, "truncated" if is_cut else "stored"))
+                block.entries.append(Entry(row.row, "truncated" if is_cut else "stored", changes, left_out))
             if block.length == block_size:
                 yield block.item(number)
                 number, block = number + 1, _Block()

@@ -100,4 +100,11 @@ class UnitRun:
         self.progress.say(f"Parity check of {len(picked)} sequences against the plain float32 model{how} ...")
         sequences = [self.sample[index].token_ids for index in picked]
         expected = Reference(self.use.source, self.use.hook_points, by_layer).residuals(sequences)
-        return check_parity(backend, lambda _token_ids: next(expected), sequences, self.use.model_dtype)
+        figures = check_parity(
+            backend, lambda _token_ids: next(expected), sequences, self.use.model_dtype, self.worker.skip_nonfinite
+        )
+        if n_left_out := len(sequences) - len(figures["lengths"]):
+            self.progress.say(
+                f"{n_left_out} of them were not compared: the plain model gives NaN or infinity for them too."
+            )
+        return figures

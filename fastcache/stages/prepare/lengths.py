@@ -35,7 +35,7 @@ def token_lengths(corpus: Corpus, model: str, progress: Progress) -> dict[str, A
             task.advance(1)
             try:
                 ids = (
-                    renderer.render(row.messages or []).token_ids
+                    renderer.render(row.messages or [], row.tools).token_ids
                     if renderer
                     else text_tokens(tokenizer, row.text or "")[0]
                 )

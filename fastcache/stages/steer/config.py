@@ -29,6 +29,11 @@ class SteerConfig(Settings):
     prompt: tuple[str, ...] = option((), help="What the user says. Repeatable.")
     prompts: str | None = option(None, help="Text file with a prompt a line.")
     system: str | None = option(None, help="A system turn before the prompt.")
+    default_system: bool = option(True, help="Keep the system turn that a template adds by itself.")
+    fold_system: bool = option(
+        False,
+        help="Put a system turn that the chat template refuses or leaves out at the beginning of the first user turn.",
+    )
     max_new_tokens: int = option(128, help="Tokens to generate, at most.", at_least=1, at_most=2**20)
     temperature: float = option(0.0, help="0 takes the most likely token.", at_least=0)
     seed: int = option(42, help="Seed, where the temperature isn't 0.", at_least=0)

@@ -6,14 +6,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.errors import InputError
 from fastcache.extras import require_packages
 from fastcache.files import append_to_log, fingerprint, read_json_lines, write_bytes_atomic
 from fastcache.llm.backend import TokenIds
+from fastcache.llm.chat import ChatRenderer
 from fastcache.llm.loading import ModelSource, known_model, load_tokenizer, require_chat_template
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
@@ -89,7 +88,8 @@ def _generated(
     """A row for each prompt number and setting of `todo`: one setting after the other, its prompts as they are done."""
     tokenizer = load_tokenizer(source)
     require_chat_template(tokenizer, source)
-    ids = [_prompt_ids(tokenizer, prompt, config.system) for prompt in prompts]
+    renderer = ChatRenderer(tokenizer, config.default_system, config.fold_system)
+    ids = [_prompt_ids(tokenizer, prompt, config.system, renderer) for prompt in prompts]
     of_setting: dict[Setting, list[int]] = {}
     for number, setting in todo:
         of_setting.setdefault(setting, []).append(number)
@@ -108,12 +108,13 @@ def _generated(
                 }
 
 
-def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None) -> TokenIds:
-    """The dialogue up to where the model's answer begins."""
+def _prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, system: str | None, renderer: ChatRenderer | None = None
+) -> TokenIds:
+    """The dialogue up to where the model's answer begins, as `extract` renders it; by default with its default settings."""
     messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    renderer = renderer or ChatRenderer(tokenizer)
+    return renderer.render([*messages, {"role": "user", "content": prompt}], generation_prompt=True).token_ids
 
 
 def _line(row: Row) -> str:

@@ -9,7 +9,7 @@ FREE_ON_RESUME = ("cache", "checkpoint_every", "keep_checkpoints", "device", "on
 
 ARCHES = ("standard", "jumprelu", "topk", "batchtopk", "gated", "matryoshka")
 RECIPES = ("modern", "fast-paper")
-TOKENS_OF = ("all", "content", "special", "assistant")
+TOKENS_OF = ("all", "content", "special", "assistant", "reasoning")
 LARGEST_SEED = 2**63 - 1
 LARGEST_EXPANSION = 2**16
 

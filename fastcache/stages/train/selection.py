@@ -32,9 +32,11 @@ def norm_factor(text: str) -> float:
 
 
 def _wanted(token_types: npt.NDArray[np.uint8], tokens_of: str) -> Mask:
-    if tokens_of != "assistant":
+    """Mask of a token set: a split or, of the assistant, the contents of its turns or its reasoning."""
+    roles = {"assistant": TurnRole.ASSISTANT, "reasoning": TurnRole.REASONING}
+    if tokens_of not in roles:
         return select(token_types, tokens_of)
-    return select(token_types, "content") & (turn_roles(token_types) == TurnRole.ASSISTANT)
+    return select(token_types, "content") & (turn_roles(token_types) == roles[tokens_of])
 
 
 @dataclass
