@@ -23,7 +23,9 @@ def test_a_model_in_a_folder_is_called_by_its_name(name, title):
     assert model_title(name) == title
 
 
-@pytest.mark.parametrize(("known", "title"), [("google/gemma-3-270m", "google/gemma-3-270m"), ("/tmp/x", "m"), (7, "m")])
+@pytest.mark.parametrize(
+    ("known", "title"), [("google/gemma-3-270m", "google/gemma-3-270m"), ("/tmp/x", "m"), (7, "m")]
+)
 def test_the_configuration_knows_the_name_on_the_hub(tmp_path, known, title):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(json.dumps({"_name_or_path": known}))
