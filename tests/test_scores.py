@@ -71,7 +71,7 @@ def test_the_page_shows_shares_and_distributions(three, tmp_path, capsys):
     for text in ("80.0%", "75.0%", "0.0%", "share of latents with at most this score"):
         assert text in page
     shown = capsys.readouterr().out
-    assert "80.0%" in shown
+    assert "80.0 %" in shown
     assert "4 of 4" in shown
 
 

@@ -17,7 +17,7 @@ from fastcache.stages.report.paper import compared
 from fastcache.stages.report.runs import Run, not_evaluated, read_runs
 from fastcache.stages.report.series import Panel, at_equal_l0, best, panels
 from fastcache.stages.report.tables import table
-from fastcache.text_files import require_output_file
+from fastcache.text_files import PAGE_BEGINS, require_output_file
 
 L0_CAPTION = (
     "Lower FVU at the same L0 is better. A line joins SAEs that differ in sparsity alone; bars reach from the lowest to the "
@@ -38,7 +38,7 @@ def require_report_packages() -> None:
 def write_report(config: ReportConfig) -> None:
     """Write the page; raises `InputError` for a folder that holds no SAE, finished or not."""
     require_report_packages()
-    require_output_file(Path(config.html), "--html")
+    require_output_file(Path(config.html), "--html", PAGE_BEGINS)
     _write_page(config, read_runs(config.sae))
 
 
@@ -51,7 +51,7 @@ def report_table(config: ReportConfig) -> str:
 def watch_report(config: ReportConfig, seconds: float) -> None:
     """Write the page anew every so many seconds until all runs are done; raises what `write_report` raises."""
     require_report_packages()
-    require_output_file(Path(config.html), "--html")
+    require_output_file(Path(config.html), "--html", PAGE_BEGINS)
     before: dict[Path, Run] = {}
     speeds: Speeds = {}
     while True:

@@ -35,7 +35,7 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
 
     Raises `InputError` for a cache of training rows or of blocks, `MismatchError` for an SAE of another model or layer.
     """
-    require_output_file(out, "--out")
+    require_output_file(out, "--out", ",".join(COLUMNS))
     cache = open_held_out(config.cache, "steer", config.allow_train)
     sae, info = load_sae_of(cache, Path(config.sae))
     device = choose_device(config.device)
@@ -49,6 +49,10 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
         progress.say(f"{out} held another table, which is kept in {kept}.")
     write_bytes_atomic(out, table)
     return found
+
+
+COLUMNS = ("token_id", "token", "n_dialogues", "rank", "latent", "value")
+"""Of the table."""
 
 
 @dataclass
@@ -94,7 +98,7 @@ def _texts(tokens: list[int], cache: Cache) -> list[str]:
 def _csv(found: list[Found]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("token_id", "token", "n_dialogues", "rank", "latent", "value"))
+    writer.writerow(COLUMNS)
     for each in found:
         for rank, (latent, value) in enumerate(each.latents, 1):
             writer.writerow((each.token_id, each.token, each.n_dialogues, rank, latent, value))

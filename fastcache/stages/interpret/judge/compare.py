@@ -14,11 +14,13 @@ from fastcache.extras import page_template, require_packages
 from fastcache.files import make_directory, read_json, require_fields, write_bytes_atomic
 from fastcache.stages.interpret.config import ScoresConfig
 from fastcache.stages.interpret.judge.tables import CSV_FILE, SCORES, SCORES_FILE, SUMMARY_FILE, to_csv
-from fastcache.text_files import require_output_file
+from fastcache.text_files import PAGE_BEGINS, require_output_file
 
 CONFIDENCE_Z = 1.96
 COLOURS = ("#ced4da", "#a5d8ff", "#4dabf7", "#1c7ed6", "#0b4a8a")
 """From 1 to 5."""
+COLUMNS = ("model", "hook_point", "architecture", "d_sae", "trained_on", "latent", "score", "name", "detection")
+"""Of the table of all scores."""
 Summary = dict[str, Any]
 
 
@@ -28,8 +30,8 @@ def compare(config: ScoresConfig) -> list[Summary]:
     Raises `InputError` for a folder that holds no scores, `MismatchError` for scores of different judges.
     """
     require_packages("The page of scores", "report", "matplotlib", "jinja2")
-    for option, path in (("--html", config.html), ("--csv", config.csv)):
-        require_output_file(Path(path), option)
+    require_output_file(Path(config.html), "--html", PAGE_BEGINS)
+    require_output_file(Path(config.csv), "--csv", ",".join(COLUMNS))
     if os.path.realpath(config.html) == os.path.realpath(config.csv):
         raise InputError(f"--html and --csv both name {config.html}. Give them different names.")
     found = sorted(((_read(Path(folder)), Path(folder)) for folder in config.judged), key=lambda each: _rank(each[0]))
@@ -45,8 +47,7 @@ def compare(config: ScoresConfig) -> list[Summary]:
         for summary, table in zip(summaries, tables, strict=True)
         for row in table.to_pylist()
     ]
-    names = ["model", "hook_point", "architecture", "d_sae", "trained_on", "latent", "score", "name", "detection"]
-    _write(Path(config.csv), to_csv(names, rows))
+    _write(Path(config.csv), to_csv(COLUMNS, rows))
     _write(Path(config.html), _page(summaries).encode())
     return summaries
 
