@@ -154,6 +154,7 @@ def test_what_an_ablation_does_not_cost_cannot_be_recovered(cost, known):
 
 def test_intervals_are_made_as_the_documentation_says():
     assert (bootstrap.N_SAMPLES, bootstrap.LEVEL, bootstrap.SEED) == (1000, 0.95, 0)
+    assert NEGLIGIBLE == 2**-18
 
 
 @pytest.mark.parametrize(("n", "most"), [(7, 100), (7, 10**6), (200, 100)])
