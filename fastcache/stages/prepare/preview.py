@@ -94,7 +94,7 @@ def _preview(
     rendered, problem = None, ""
     if renderer and row.messages is not None:
         try:
-            rendered = renderer.render(row.messages)
+            rendered = renderer.render(row.messages, row.tools)
         except InputError as error:
             problem = str(error)
     return Preview(place, raw, row, sorted(found["kept"]), sorted(found["not_kept"]), rendered, problem)
