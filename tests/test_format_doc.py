@@ -70,7 +70,9 @@ def write_cache(root, lengths=(19, 20), dtype="bfloat16", identity=None):
     part = writer.part(0, instances)
     for n in lengths:
         part.append({HOOK: rng.normal(size=(n, D_IN)).astype(np.float32)})
-    part.commit({"stored": len(lengths), "truncated": [8], "skipped": {"no tokens": [7]}})
+    left_out = {"reasoning": {"rows": 1, "characters": 9}}
+    rendering = {"changed": {"reasoning not passed": 1}, "left_out": left_out}
+    part.commit({"stored": len(lengths), "truncated": [8], "skipped": {"no tokens": [7]}, **rendering})
     return writer
 
 
@@ -83,7 +85,7 @@ def job_identity(folder, method):
     quantised = {} if method == "fast" else {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     return Job.identity(
         SimpleNamespace(
-            config=ExtractConfig("model", (1,), method=method), max_length=8, block_size=8, separator=("bos", 2),
+            config=ExtractConfig("model", (1,), method=method, fold_system=method == "fast"), max_length=8, block_size=8, separator=("bos", 2),
             source=ModelSource(str(folder) if method == "fast" else "hub-name", revision="main"),
             llm_config=SimpleNamespace(to_diff_dict=dict, hidden_size=D_IN, **quantised),
             tokenizer=SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=str), chat_template=""),
@@ -126,6 +128,10 @@ def leaves(value, path=""):
         (r"^files\..*", "files.<file>"),
         (r"^failed\..*", "failed.<unit>"),
         (r"^ledger\.skipped\..*", "ledger.skipped.<reason>"),
+        (r"^ledger\.first_skipped\..*", "ledger.first_skipped.<reason>"),
+        (r"^ledger\.changed\..*", "ledger.changed.<change>"),
+        (r"^ledger\.left_out\.[^.]*", "ledger.left_out.<field>"),
+        (r"^totals\.tokens_by_role\..*", "totals.tokens_by_role.<role>"),
         (r"^ledger\.truncated_by_source\..*", "ledger.truncated_by_source.<source>"),
         (r"^totals\.tokens_by_type\..*", "totals.tokens_by_type.<flag>"),
     ]
@@ -282,8 +288,12 @@ def test_example_manifest_has_the_keys_of_a_fresh_one(tmp_path):
 
 
 def test_example_manifest_has_the_fields_of_a_finished_run(complete_manifest):
-    reasons = {"ledger.skipped.<reason>", "ledger.truncated_by_source.<source>"}  # nothing is skipped in the example
-    assert set(leaves(example_manifest())) == set(leaves(complete_manifest)) - reasons
+    reasons = {"ledger.skipped.<reason>", "ledger.truncated_by_source.<source>", "ledger.first_skipped.<reason>"}
+    rendering = {"ledger.changed.<change>", "ledger.left_out.<field>.rows", "ledger.left_out.<field>.characters"}
+    chosen = {"identity.tokenizer.fold_system"}
+    absent = reasons | rendering | chosen  # nothing is skipped or changed in the example
+    newer = {"totals.tokens_by_role.<role>"}
+    assert set(leaves(example_manifest())) == set(leaves(complete_manifest)) - absent - newer
 
 
 def test_example_line_has_the_right_checksum():

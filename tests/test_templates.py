@@ -13,7 +13,7 @@ from fastcache.cache_format.schema import TokenType, TurnRole, turn_roles
 from fastcache.errors import TemplateRefusalError
 from fastcache.llm.chat import ChatRenderer
 from fastcache.llm.dialogue import Dialogue
-from fastcache.llm.template import _DATE_MACRO
+from fastcache.llm.template import pinned_date
 
 NAMES = (
     "CohereForAI-c4ai-command-r7b-12-2024", "HuggingFaceTB-SmolLM3-3B", "LiquidAI-LFM2-8B-A1B", "MiniMaxAI-MiniMax-M2",
@@ -45,7 +45,7 @@ def known(testdata):
 def theirs(tokenizer, form, tools):
     """The ids of transformers, on the fixed date."""
     return tokenizer.apply_chat_template(
-        form, tools=tools, return_dict=False, chat_template=_DATE_MACRO + tokenizer.chat_template
+        form, tools=tools, return_dict=False, chat_template=pinned_date(tokenizer.chat_template)
     )
 
 

@@ -49,6 +49,12 @@ _DATE_MACRO = (
 )
 """Put before a template, it hides the function of this name that transformers gives to templates."""
 
+
+def pinned_date(template: str) -> str:
+    """The template with `FIXED_DATE` as today."""
+    return _DATE_MACRO + template
+
+
 _ECHO = "{{ messages | tojson }}"
 """A template that says what transformers gives to templates."""
 
@@ -159,7 +165,7 @@ class ChatTemplate:
     def _find_source(self, has_tools: bool) -> str:
         """The template, of those a tokenizer may have; raises `ModelError` if there is none."""
         try:
-            return _DATE_MACRO + str(self._tokenizer.get_chat_template(tools=[{}] if has_tools else None))
+            return pinned_date(str(self._tokenizer.get_chat_template(tools=[{}] if has_tools else None)))
         except ValueError as error:
             raise ModelError(f"The tokenizer has no chat template that can be used: {error}") from error
 
