@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def process_bytes() -> int:
 
 
 def free_memory() -> int | None:
-    """Memory that can still be had here, by the machine and by the limits of the control group; None if unknown."""
+    """Memory that can still be had here, by the machine, the control group and `ulimit -v`; None if unknown."""
     free = []
     with suppress(OSError, AttributeError):
         found = re.search(r"MemAvailable: +([0-9]+) kB", Path("/proc/meminfo").read_text())
@@ -24,4 +25,8 @@ def free_memory() -> int | None:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         cached = re.search(r"^inactive_file ([0-9]+)$", (group / "memory.stat").read_text(), re.MULTILINE)
         free.append(limit - used + (int(cached[1]) if cached else 0))
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:  # `ulimit -v`
+        with suppress(OSError, ValueError, IndexError):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+            free.append(max(0, limit - used))
     return min(free, default=None)

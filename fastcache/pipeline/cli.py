@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None, **_extra: Any) -> None:
         fail(str(error))
     except OSError as error:
         fail(_of_the_system(error))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError, SystemError) as error:
         if not _is_lack_of_memory(error):
             raise
         fail(
@@ -132,6 +132,17 @@ ADVICE = {
 }
 
 
+LACK_OF_MEMORY = (
+    "can't allocate memory",
+    "annot allocate memory",
+    "failed to map segment",  # of a library that is imported
+    "can't start new thread",
+    "std::bad_alloc",
+    "error return without exception set",  # of an extension, when Python couldn't make the exception
+)
+"""What torch, the dynamic linker and others say when memory is refused."""
+
+
 def _of_the_system(error: OSError) -> str:
     """An error of files or the network, in one paragraph."""
     place = f" ({shortened(str(error.filename))})" if error.filename else ""
@@ -144,10 +155,5 @@ def _of_the_system(error: OSError) -> str:
 
 def _is_lack_of_memory(error: Exception) -> bool:
     """Whether memory, or a thread, was refused; torch says so by errors of kinds that have other meanings too."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-        or "can't start new thread" in text
-    )
+    is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_known or any(words in str(error) for words in LACK_OF_MEMORY)

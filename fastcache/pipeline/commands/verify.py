@@ -1,8 +1,12 @@
 """`fastcache verify`."""
 
+import os
+import shlex
+from pathlib import Path
 import click
 
 from fastcache.config import parse_number
+from fastcache.errors import InputError, quoted
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 
@@ -21,6 +25,19 @@ Examples:
 MOST_THREADS = 1024
 
 
+def _require_cache(place: str) -> None:
+    """Raise `InputError` for a folder that nothing of a cache is in: that is a wrong path, not damage."""
+    from fastcache.cache_format.schema import LOG_FILE, MANIFEST_FILE, PARTS_FOLDER
+
+    folder = Path(place.removeprefix("file://"))
+    if "://" not in place.removeprefix("file://") and not any(
+        os.path.lexists(folder / name) for name in (MANIFEST_FILE, LOG_FILE, PARTS_FOLDER)
+    ):
+        raise InputError(
+            f"{quoted(place)} is no cache: there is no folder with a {MANIFEST_FILE}. Name a folder made by `extract`."
+        )
+
+
 @click.command(cls=Command, help=HELP)
 @click.argument("cache")
 @click.option("--quick", is_flag=True, help="Check structure and sizes only.")
@@ -32,6 +49,7 @@ def command(context: click.Context, cache: str, quick: bool, workers: str | None
     from fastcache.cache_format.storage import open_storage
     from fastcache.cache_format.verify import verify
 
+    _require_cache(cache)
     progress = RichProgress(make_console())
     parts, n_problems = set(), 0
     for finding in verify(open_storage(cache), quick=quick, workers=n_threads, progress=progress):
