@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from fastcache.disk import disk_errors
-from fastcache.errors import FormatError, quoted
+from fastcache.errors import FormatError, InputError, quoted
 
 MAX_JSON_BYTES = 256 * 2**20
 MAX_JSON_DEPTH = 64
@@ -230,13 +230,39 @@ def write_bytes_atomic(path: Path, data: bytes, durable: bool = True) -> None:
         _write_all(file.fileno(), data)
 
 
+def write_named_file(path: Path, data: bytes) -> None:
+    """Write a page or table that the user named; it takes the place only of an empty file or one with the same first line.
+
+    Raises `InputError` for anything else that is there, which is left as it is.
+    """
+    require_replaceable(path, data)
+    write_bytes_atomic(path, data)
+
+
+def require_replaceable(path: Path, data: bytes) -> None:
+    """Raise `InputError` unless `data` may take the place of `path`: see `write_named_file`."""
+    if not path.exists():
+        return
+    first_line = data.partition(b"\n")[0]
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(first_line)) in (b"", first_line):
+                return
+    raise InputError(
+        f"{path} is there already and is not a file of this kind, so it was left as it is. Choose another name."
+    )
+
+
 def keep_earlier(path: Path, data: bytes) -> Path | None:
-    """Move the file `path` out of the way of `data`, to a name that follows from what it holds; None if there is no need."""
-    if not path.is_file() or (earlier := path.read_bytes()) == data:
+    """Copy the file `path`, before `data` takes its place, to a name that follows from what it holds; None if it is the same.
+
+    Raises `InputError` for a file of another kind, see `write_named_file`.
+    """
+    require_replaceable(path, data)
+    if not path.is_file() or not (earlier := path.read_bytes()) or earlier == data:
         return None
     kept = path.with_name(f"{path.stem}-{hashlib.sha256(earlier).hexdigest()[:12]}{path.suffix}")
-    path.rename(kept)
-    fsync_directory(path.parent)
+    write_bytes_atomic(kept, earlier)
     return kept
 
 

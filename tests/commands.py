@@ -37,6 +37,8 @@ class Command(NamedTuple):
     """Puts into the folder what the command changes in place."""
     unlike: tuple[str, ...] = ()
     """Names of more files that differ between two runs."""
+    says_when_done: str | None = None
+    """What a command that refuses to be repeated says once all is done; others have nothing to do then."""
 
 
 EXTRACT = ("--layer", 1, "--dtype", "float32", "--unit-tokens", 1000, "--parity", 0)
@@ -90,7 +92,8 @@ COMMANDS = {
     "extract": Command(lambda inputs, folder: extract(inputs, "--out", folder / "out")),
     "extract, 3 workers": Command(lambda inputs, folder: extract(inputs, "--workers", 3, "--out", folder / "out")),
     "add-layer": Command(
-        lambda _, folder: ["extract", "--add-layer", 0, "--cache", folder / "cache", "--parity", 0], copy_cache
+        lambda _, folder: ["extract", "--add-layer", 0, "--cache", folder / "cache", "--parity", 0], copy_cache,
+        says_when_done="has this layer already",
     ),
     "repair": Command(lambda _, folder: ["repair", folder / "cache"], damage_cache),
     "train": Command(

@@ -69,7 +69,8 @@ def disturb(name: str, how: str, seed: int, inputs: Inputs, undisturbed: Undistu
     else:
         kills = by_the_clock(words, folder, undisturbed.seconds, rng)
     code, errors = run_to_its_end(words)
-    left = [f"exit code {code}: {errors}"] if code else differences(folder, name, undisturbed)
+    is_done = command.says_when_done is not None and command.says_when_done in " ".join(errors.split())
+    left = [f"exit code {code}: {errors}"] if code and not is_done else differences(folder, name, undisturbed)
     shutil.rmtree(folder)
     return Outcome(name, how, kills, left)
 

@@ -17,8 +17,8 @@ import fastcache
 from fastcache.cache_format.manifest import Manifest
 from fastcache.cache_format.storage import LocalStorage
 from fastcache.cache_format.writer import CacheWriter, PartSink
-from fastcache.errors import SpaceError
-from fastcache.files import append_to_log, atomic_file, new_folder, write_bytes_atomic
+from fastcache.errors import InputError, SpaceError
+from fastcache.files import append_to_log, atomic_file, keep_earlier, new_folder, write_bytes_atomic, write_named_file
 from fastcache.rundir import output_directory
 
 PACKAGE = Path(fastcache.__file__).parent
@@ -124,6 +124,27 @@ def test_an_error_of_another_file_is_told_as_what_it_is(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "file") as temporary:
         temporary.write_bytes(missing.read_bytes())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [write_named_file, keep_earlier])
+def test_a_file_of_another_kind_is_never_replaced(write, tmp_path):
+    path, table = tmp_path / "tool", b"token_id,token\n1,a\n"
+    path.write_bytes(b"\x7fELF binary")
+    with pytest.raises(InputError, match="tool is there already and is not a file of this kind"):
+        write(path, table)
+    with pytest.raises(InputError, match="not a file of this kind"):
+        write(tmp_path, table)
+    assert tree_bytes(tmp_path) == {"tool": b"\x7fELF binary"}
+    path.write_bytes(b"")
+    write(path, table)
+
+
+def test_an_earlier_table_is_kept_beside_the_new_one(tmp_path):
+    path = tmp_path / "found.csv"
+    path.write_bytes(b"token_id,token\n1,a\n")
+    kept = keep_earlier(path, b"token_id,token\n2,b\n")
+    assert kept.read_bytes() == path.read_bytes() == b"token_id,token\n1,a\n"
+    assert keep_earlier(path, path.read_bytes()) is None
 
 
 # That there is nothing else

@@ -1,6 +1,6 @@
 """Earlier evaluations of an SAE: those that are still valid are kept, and what isn't is told.
 
-`evaluation.json` is the newest. One on other dialogues, or whose figures with the model were measured otherwise, moves to a
+`evaluation.json` is the newest. One on other dialogues, or whose figures with the model were measured otherwise, is copied to a
 name that follows from what it was measured on, so that going back and forth between two caches doesn't add files.
 """
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcache.errors import FormatError
-from fastcache.files import fingerprint, fsync_directory, read_json
+from fastcache.files import fingerprint, read_json, write_bytes_atomic
 from fastcache.progress import Progress
 
 EVALUATION_FILE = "evaluation.json"
@@ -37,8 +37,8 @@ def with_earlier(folder: Path, result: Evaluation, progress: Progress) -> Evalua
             progress.say(f"{folder}: the figures with the model, of {_n_dialogues(most)} dialogues, are kept.")
     if _measured_on(newest) not in (_measured_on(result), {**_measured_on(result), "with_model": None}):
         kept = folder / f"evaluation-{fingerprint(_measured_on(newest))[:12]}.json"
-        (folder / EVALUATION_FILE).rename(kept)
-        fsync_directory(folder)
+        # A copy: killed before the new one is written, evaluation.json is still there.
+        write_bytes_atomic(kept, (folder / EVALUATION_FILE).read_bytes())
         progress.say(f"The earlier evaluation, {_described(newest)}, is kept in {kept}.")
     return result
 

@@ -11,7 +11,7 @@ from fastcache.cache_format.schema import SPLIT_TITLES
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
 from fastcache.extras import page_template, require_packages
-from fastcache.files import make_directory, write_bytes_atomic
+from fastcache.files import make_directory, write_named_file
 from fastcache.stages.report.config import ReportConfig
 from fastcache.stages.report.paper import compared
 from fastcache.stages.report.runs import Run, not_evaluated, read_runs
@@ -111,7 +111,7 @@ def _write_page(
     )
     path = Path(config.html)
     make_directory(path.parent)
-    write_bytes_atomic(path, page.encode())
+    write_named_file(path, page.encode())
 
 
 def _require_same_dialogues(runs: list[Run]) -> None:

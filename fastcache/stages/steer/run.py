@@ -90,11 +90,14 @@ def _generated(
     require_chat_template(tokenizer, source)
     renderer = ChatRenderer(tokenizer, config.default_system, config.fold_system)
     ids = [_prompt_ids(tokenizer, prompt, config.system, renderer) for prompt in prompts]
-    of_setting: dict[Setting, list[int]] = {}
+    # In the order of the settings, not in that of what is left: a run that was killed goes on as it would have gone on.
+    of_setting: dict[Setting, list[int]] = {setting: [] for setting in settings_of(config)}
     for number, setting in todo:
-        of_setting.setdefault(setting, []).append(number)
+        of_setting[setting].append(number)
     with closing(open_generator(config, sae, hook_point, source, device, ids)) as generate:
         for setting, numbers in of_setting.items():
+            if not numbers:
+                continue
             for said in generate([ids[number] for number in numbers], setting):
                 yield {
                     "prompt": numbers[said.place],

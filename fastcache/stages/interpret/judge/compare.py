@@ -11,7 +11,7 @@ from fastcache import __version__
 from fastcache.cache_format.schema import METHODS, layer_of
 from fastcache.errors import InputError, MismatchError
 from fastcache.extras import page_template, require_packages
-from fastcache.files import make_directory, read_json, require_fields, write_bytes_atomic
+from fastcache.files import make_directory, read_json, require_fields, write_named_file
 from fastcache.stages.interpret.config import ScoresConfig
 from fastcache.stages.interpret.judge.tables import CSV_FILE, SCORES, SCORES_FILE, SUMMARY_FILE, to_csv
 from fastcache.text_files import PAGE_BEGINS, require_output_file
@@ -54,7 +54,7 @@ def compare(config: ScoresConfig) -> list[Summary]:
 
 def _write(path: Path, data: bytes) -> None:
     make_directory(path.parent)
-    write_bytes_atomic(path, data)
+    write_named_file(path, data)
 
 
 def _read(folder: Path) -> Summary:
