@@ -6,6 +6,16 @@ import resource
 from contextlib import suppress
 from pathlib import Path
 
+LACK_OF_MEMORY = (
+    "can't allocate memory",
+    "annot allocate memory",
+    "failed to map segment",  # of a library that is imported
+    "can't start new thread",
+    "std::bad_alloc",
+    "error return without exception set",  # of an extension, when Python couldn't make the exception
+)
+"""What torch, the dynamic linker and others say when memory is refused."""
+
 
 def process_bytes() -> int:
     """Resident memory of this process; 0 where the system doesn't tell."""
@@ -30,3 +40,9 @@ def free_memory() -> int | None:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
             free.append(max(0, limit - used))
     return min(free, default=None)
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory, or a thread, was refused; torch says so by errors of kinds that have other meanings too."""
+    is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_known or any(words in str(error) for words in LACK_OF_MEMORY)

@@ -350,3 +350,15 @@ def test_varlen_kernels_are_for_cuda_alone():
 def test_windows_are_those_of_the_configuration(settings, windows, words):
     found = window_mismatch(SimpleNamespace(num_hidden_layers=2, **settings), windows)
     assert (words in found) if words else not found
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_no_reason_to_do_without_packs(windowed, monkeypatch, error):
+    def fail_in_a_pack(backend, pack, run=TransformersBackend._run):
+        if len(pack) > 1:
+            raise error
+        return run(backend, pack)
+
+    monkeypatch.setattr(TransformersBackend, "_run", fail_in_a_pack)
+    with pytest.raises(type(error)):
+        make_backend(windowed)

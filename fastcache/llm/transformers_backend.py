@@ -24,6 +24,7 @@ from fastcache.llm.model_files import setting
 from fastcache.llm.packed_attention import NAME, Segments, UnknownAttentionError, register, use_segments
 from fastcache.llm.parity import RELATIVE_LIMITS, relative_difference
 from fastcache.llm.segment_loop import SegmentLoops, attention_modules, expert_modules, stateful_modules
+from fastcache.memory import is_lack_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECK_LENGTHS = (40, 1, 150, 3, 14, 4, 5, 15, 31, 63)
@@ -217,6 +218,8 @@ class TransformersBackend:
         try:
             launched = [self._run(pack) for pack in packs(sequences, self._pack_tokens, self._shortest)]
         except (UnknownAttentionError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if is_lack_of_memory(error):
+                raise  # It says something about this moment, not about the model: another worker would choose otherwise.
             self._captured = {}
             return str(error).split("\n")[0][:200], False
         for windows in (pack.segments.windows for pack in launched):

@@ -12,6 +12,7 @@ import click
 
 from fastcache import __version__
 from fastcache.errors import FastcacheError, first_line, printable, quoted, shortened
+from fastcache.memory import is_lack_of_memory
 from fastcache.pipeline.command import Group
 from fastcache.pipeline.output import standard_streams
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None, **_extra: Any) -> None:
     except OSError as error:
         fail(_of_the_system(error))
     except (MemoryError, RuntimeError, ImportError, SystemError) as error:
-        if not _is_lack_of_memory(error):
+        if not is_lack_of_memory(error):
             raise
         fail(
             f"There is not enough memory for this ({first_line(error)}). What was committed before is kept. Lower what needs "
@@ -132,17 +133,6 @@ ADVICE = {
 }
 
 
-LACK_OF_MEMORY = (
-    "can't allocate memory",
-    "annot allocate memory",
-    "failed to map segment",  # of a library that is imported
-    "can't start new thread",
-    "std::bad_alloc",
-    "error return without exception set",  # of an extension, when Python couldn't make the exception
-)
-"""What torch, the dynamic linker and others say when memory is refused."""
-
-
 def _of_the_system(error: OSError) -> str:
     """An error of files or the network, in one paragraph."""
     place = f" ({shortened(str(error.filename))})" if error.filename else ""
@@ -151,9 +141,3 @@ def _of_the_system(error: OSError) -> str:
         f"{error.strerror or first_line(error)}{place}.{advice} What was committed before is kept; mend it and run the same "
         "command to resume."
     )
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether memory, or a thread, was refused; torch says so by errors of kinds that have other meanings too."""
-    is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_known or any(words in str(error) for words in LACK_OF_MEMORY)

@@ -1,8 +1,8 @@
 """`fastcache verify`."""
 
 import os
-import shlex
 from pathlib import Path
+
 import click
 
 from fastcache.config import parse_number

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcache.errors import SpaceError
+from fastcache.memory import is_lack_of_memory
 from fastcache.sae.fast.buffers import Buffers
 from fastcache.sae.fast.dense import Forward, TorchOps
 from fastcache.sae.fast.threads import compiles, numba
@@ -127,7 +128,7 @@ def trouble(device: torch.device) -> str | None:
 
 def _passes_by(error: Exception) -> bool:
     """Whether `error` says something about this moment, and not about this machine."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+    return is_lack_of_memory(error) or (
         isinstance(error, OSError) and error.errno in PASSING_ERRORS
     )
 
