@@ -108,7 +108,7 @@ def test_what_was_never_sent_costs_nothing(latents, tmp_path):
         ({"judge_url": "http://[::1]x/v1"}, "no address"),
         ({"judge_url": "https://loc\u2603/v1"}, "no address"),
         ({"judge_body": '{"user": "\\ud800"}'}, "surrogate pair"),
-        ({"judge_model": "\udcff"}, "surrogate pair"),
+        ({"judge_model": "\udcff"}, "expected text in UTF-8"),
         ({"judge_key_env": "sk-secret-key"}, "name of a variable"),
         ({"judge_url": "http://judge.example/v1"}, "unencrypted"),
         ({"judge_body": "{"}, "--judge-body"),

@@ -352,7 +352,9 @@ def test_windows_are_those_of_the_configuration(settings, windows, words):
     assert (words in found) if words else not found
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
 def test_a_lack_of_memory_is_no_reason_to_do_without_packs(windowed, monkeypatch, error):
     def fail_in_a_pack(backend, pack, run=TransformersBackend._run):
         if len(pack) > 1:

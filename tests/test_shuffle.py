@@ -179,7 +179,7 @@ def test_shuffle_needs_no_torch_and_no_residuals(small_cache, tmp_path):
     [
         (["--seed", "1"], "go with --shuffle only"),
         (["--shuffle", "--batch-size", "1,000,000"], "fewer than one batch of 1,000,000"),
-        (["--shuffle", "--buffer-tokens", "0"], "expected at least 1"),
+        (["--shuffle", "--buffer-tokens", "0"], "expected a number from 1 to"),
     ],
 )
 def test_wrong_options_are_refused(small_cache, capsys, arguments, message):

@@ -260,10 +260,10 @@ def test_a_study_that_makes_no_sense_is_refused(changes, message):
 def test_what_a_study_does_not_take_is_told(tmp_path):
     path = str(write_study(tmp_path))
     for words, message in (
-        (["sweep", "--config", path, "--scale", "0"], "--scale 0: expected a number above 0"),
+        (["sweep", "--config", path, "--scale", "0"], "--scale = 0.0: expected a number from 1e-09"),
         (["sweep", "--config", path, "--cache", "somewhere"], "there is no key 'cache'"),
         (["sweep", "--cache", "somewhere", "--grid", "seed=1,2", "--scale", "0.5"], "--scale is for a study"),
-        (["plan", path, "--tflops", "-1"], "--tflops -1: expected a number above 0"),
+        (["plan", path, "--tflops", "-1"], "--tflops = -1.0: expected a number from 1e-06"),
     ):
         assert message in str(CliRunner().invoke(cli, words).exception)
     sweep = tmp_path / "sweep.yaml"

@@ -128,9 +128,7 @@ def trouble(device: torch.device) -> str | None:
 
 def _passes_by(error: Exception) -> bool:
     """Whether `error` says something about this moment, and not about this machine."""
-    return is_lack_of_memory(error) or (
-        isinstance(error, OSError) and error.errno in PASSING_ERRORS
-    )
+    return is_lack_of_memory(error) or (isinstance(error, OSError) and error.errno in PASSING_ERRORS)
 
 
 def passes(device: torch.device) -> str:
