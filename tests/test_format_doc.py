@@ -85,7 +85,8 @@ def job_identity(folder, method):
     quantised = {} if method == "fast" else {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     return Job.identity(
         SimpleNamespace(
-            config=ExtractConfig("model", (1,), method=method, fold_system=method == "fast"), max_length=8, block_size=8, separator=("bos", 2),
+            config=ExtractConfig("model", (1,), method=method, fold_system=method == "fast"),
+            max_length=8, block_size=8, separator=("bos", 2),
             source=ModelSource(str(folder) if method == "fast" else "hub-name", revision="main"),
             llm_config=SimpleNamespace(to_diff_dict=dict, hidden_size=D_IN, **quantised),
             tokenizer=SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=str), chat_template=""),

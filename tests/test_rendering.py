@@ -21,6 +21,7 @@ from fastcache.llm.chat import ChatRenderer
 from fastcache.llm.dialogue import AS_OBJECT, AS_TEXT, EMPTY_LEFT_OUT, FOLDED
 from fastcache.pipeline.cli import cli, main
 from fastcache.stages.steer.run import _prompt_ids
+from fastcache.stages.train.selection import _wanted
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
@@ -272,3 +273,11 @@ def test_parity_leaves_out_what_is_not_finite_where_that_is_skipped(tiny_qwen, t
     cache = run_extract(model, corpus, tmp_path / "cache", split=split, **settings)
     assert sum(cache.manifest.ledger["skipped"].values()) == 1
     assert len(cache.manifest.parity["lengths"]) == cache.n_instances
+
+
+@pytest.mark.parametrize("tokens_of", ["assistant", "reasoning"])
+def test_training_can_choose_reasoning_or_answers(made, tokens_of):
+    tokenizer, renderer = made("Qwen3-0.6B")
+    rendered = renderer.render(SHAPES["thoughts"])
+    chosen = tokenizer.decode(rendered.token_ids[_wanted(rendered.token_types, tokens_of)])
+    assert chosen == {"assistant": "Cold.So.", "reasoning": "it is winter"}[tokens_of]

@@ -23,9 +23,9 @@ HEAD = """# Chat templates
 Published chat templates with {n} dialogues each: {shapes}; each with and without definitions of tools. Made by
 `python tools/template_table.py FOLDER --out docs/templates.md`.
 
-*Exact* are dialogues that have the token ids of transformers' `apply_chat_template` on the fixed date. *Fitted* are those that
-were changed so that the template takes them, such as tool arguments passed as an object instead of text; they have the ids of the
-changed dialogue. Everything else was refused by the template, in the words of the last column.
+*Exact* are dialogues that have the token ids of transformers' `apply_chat_template` on the fixed date. *Fitted* are those
+that were changed so that the template takes them, such as tool arguments passed as an object instead of text; they have
+the ids of the changed dialogue. Everything else was refused by the template, in the words of the last column.
 
 | template | exact | fitted | refused | what the template leaves out | its refusals |
 |---|---|---|---|---|---|
