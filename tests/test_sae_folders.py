@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fastcache
-from fastcache.errors import FastcacheError, FormatError, IntegrityError, NonFiniteError, SpaceError
+from fastcache.errors import FastcacheError, FormatError, IntegrityError, MismatchError, NonFiniteError, SpaceError
 from fastcache.pipeline.cli import main
 from fastcache.progress import Silent
 from fastcache.sae.architectures import ARCHITECTURES, BatchTopKSae, JumpReluSae, StandardSae, TopKSae
@@ -320,3 +320,12 @@ def test_inspect_and_report_read_it_as_strictly(folder, capsys):
             main(words.split())
         assert exit_info.value.code == 2
         assert "training should be an object" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_export_of_other_weights_is_not_taken_for_this_one(folder, tmp_path):
+    export(ExportConfig(sae=str(folder)), tmp_path / "out", Silent())
+    before = (tmp_path / "out/sae_weights.safetensors").read_bytes()
+    change_weights(folder, b_dec=torch.full((8,), 0.5))  # sae.json stays what it was
+    with pytest.raises(MismatchError, match="sae_fingerprint"):
+        export(ExportConfig(sae=str(folder)), tmp_path / "out", Silent())
+    assert (tmp_path / "out/sae_weights.safetensors").read_bytes() == before

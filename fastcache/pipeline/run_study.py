@@ -7,10 +7,9 @@ from typing import Any
 from fastcache.config import as_dict
 from fastcache.corpus import Corpus
 from fastcache.errors import InputError
-from fastcache.files import fingerprint, read_json, write_json_atomic
+from fastcache.files import read_json, write_json_atomic
 from fastcache.pipeline.study import Study
 from fastcache.progress import Progress
-from fastcache.sae.info import read_info
 from fastcache.stages.evaluate.config import EvaluateConfig
 from fastcache.stages.prepare.config import PrepareConfig
 from fastcache.stages.report.config import ReportConfig
@@ -100,11 +99,12 @@ def _train(study: Study, out: Path, progress: Progress, fresh: bool) -> list[Pat
 
 def _evaluate(config: EvaluateConfig, done: Path, progress: Progress, fresh: bool) -> Evaluations:
     """The evaluations; those that are there, if `done` says that they are of these SAEs and settings."""
+    from fastcache.sae.storage import sae_fingerprint
     from fastcache.stages.evaluate.earlier import EVALUATION_FILE
     from fastcache.stages.evaluate.run import evaluate
 
     folders = [Path(sae) for sae in config.sae]
-    wanted = {"settings": as_dict(config), "saes": [fingerprint(read_info(folder)) for folder in folders]}
+    wanted = {"settings": as_dict(config), "saes": [sae_fingerprint(folder) for folder in folders]}
     files = [folder / EVALUATION_FILE for folder in folders]
     if not fresh and done.is_file() and read_json(done) == wanted and all(file.is_file() for file in files):
         progress.say(f"Evaluation of {len(files)} SAEs is there; nothing to do.")

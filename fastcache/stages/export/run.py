@@ -7,11 +7,11 @@ from safetensors.torch import save
 
 from fastcache.config import as_dict
 from fastcache.errors import NonFiniteError
-from fastcache.files import fingerprint, write_bytes_atomic, write_json_atomic
+from fastcache.files import write_bytes_atomic, write_json_atomic
 from fastcache.origins import cache_of_sae, corpus_sources
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
-from fastcache.sae.storage import load_sae
+from fastcache.sae.storage import load_sae, sae_fingerprint
 from fastcache.stages.export.config import ExportConfig
 from fastcache.stages.export.saelens import CONFIG_FILE, WEIGHTS_FILE, config, weights
 
@@ -30,7 +30,7 @@ def export(settings: ExportConfig, out: Path, progress: Progress, fresh: bool = 
                 f"{name} of {folder} has NaN or infinity as {settings.format} has it, with decoder rows of norm 1: its numbers "
                 "are out of range, so nothing was written. Train the SAE again, with a lower --lr."
             )
-    run = {**as_dict(settings), "sae_fingerprint": fingerprint(info)}
+    run = {**as_dict(settings), "sae_fingerprint": sae_fingerprint(folder)}
     with output_directory(out, "export", run, (CONFIG_FILE, WEIGHTS_FILE), free=("sae",), fresh=fresh):
         if (out / CONFIG_FILE).exists():
             progress.say(f"{out} is there; nothing to do (--fresh starts over).")

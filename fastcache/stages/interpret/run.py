@@ -17,6 +17,7 @@ from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.architectures import Sae
 from fastcache.sae.of_cache import load_sae_of, open_held_out
+from fastcache.sae.storage import sae_fingerprint
 from fastcache.stages.interpret.collect import Collector
 from fastcache.stages.interpret.config import FREE_ON_RESUME, InterpretConfig
 from fastcache.stages.interpret.decoder import nearest_latents, promoted_tokens
@@ -51,7 +52,10 @@ def interpret(config: InterpretConfig, out: Path, progress: Progress, fresh: boo
     if config.unembedding:
         source = known_model(identity, config.model, config.trust_remote_code, str(cache.path))
     device = choose_device(config.device)
-    sources = {"sae_fingerprint": fingerprint(info), "cache_fingerprint": fingerprint(cache.manifest.identity)}
+    sources = {
+        "sae_fingerprint": sae_fingerprint(Path(config.sae)),
+        "cache_fingerprint": fingerprint(cache.manifest.identity),
+    }
     with output_directory(out, "interpret", {**as_dict(config), **sources}, OWNED, free=FREE_ON_RESUME, fresh=fresh):
         if (out / LATENTS_FILE).exists():
             (out / STATE_FILE).unlink(missing_ok=True)  # which a run that was killed at its very end left
@@ -106,7 +110,7 @@ def _about(config: InterpretConfig, cache: Cache, info: dict[str, Any], collecte
     return {
         "sae": {
             "name": Path(os.path.realpath(config.sae)).name,
-            "fingerprint": fingerprint(info),
+            "fingerprint": sae_fingerprint(Path(config.sae)),
             "model": info["model"]["name"],
             "hook_point": info["hook_point"],
             "architecture": info["architecture"],

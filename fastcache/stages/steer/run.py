@@ -10,14 +10,14 @@ from fastcache.config import as_dict
 from fastcache.devices import choose_device
 from fastcache.errors import InputError
 from fastcache.extras import require_packages
-from fastcache.files import append_to_log, fingerprint, read_json_lines, write_bytes_atomic
+from fastcache.files import append_to_log, read_json_lines, write_bytes_atomic
 from fastcache.llm.backend import TokenIds
 from fastcache.llm.chat import ChatRenderer
 from fastcache.llm.loading import ModelSource, known_model, load_tokenizer, require_chat_template
 from fastcache.progress import Progress
 from fastcache.rundir import output_directory
 from fastcache.sae.architectures import Sae
-from fastcache.sae.storage import load_sae
+from fastcache.sae.storage import load_sae, sae_fingerprint
 from fastcache.stages.steer.config import Setting, SteerConfig, settings_of
 from fastcache.stages.steer.generators import open_generator
 from fastcache.stages.steer.measures import repetition
@@ -57,7 +57,7 @@ def steer(config: SteerConfig, out: Path, progress: Progress, fresh: bool = Fals
         raise InputError(f"--latent {missing[0]}: {config.sae} has latents 0 to {sae.d_sae - 1}.")
     source = known_model(info["model"], config.model, config.trust_remote_code, config.sae)
     device = choose_device(config.device)
-    run = {**as_dict(config), "prompts": prompts, "sae_fingerprint": fingerprint(info)}
+    run = {**as_dict(config), "prompts": prompts, "sae_fingerprint": sae_fingerprint(Path(config.sae))}
     with output_directory(out, "steer", run, (STEERING_FILE,), free=FREE_ON_RESUME, fresh=fresh):
         path = out / STEERING_FILE
         done = {_key(row): row for row in read_json_lines(path)}
