@@ -88,6 +88,14 @@ def test_the_spread_of_each_dialogue_equals_brute_force():
     assert (found[:4, 1] == 0).all()
 
 
+def test_a_set_of_one_token_has_its_vector_as_mean():
+    x, spread = torch.randn(1, D_IN), Spread(2, D_IN)
+    spread.update(x, torch.tensor([[True], [False]]), torch.tensor([0]))
+    assert torch.allclose(spread.mean(), x[0])
+    assert not spread.mean(1).any()
+    assert spread.by_dialogue() == pytest.approx(np.zeros((1, 2)), abs=1e-12)
+
+
 def test_saes_that_share_the_spread_have_the_figures_of_each_alone():
     x, numbers = dialogues_of(3.0)
     masks = torch.ones(1, len(x), dtype=torch.bool)
