@@ -4,6 +4,7 @@ import stat
 from pathlib import Path
 
 from fastcache.errors import InputError, first_line, quoted
+from fastcache.files import require_replaceable
 
 MAX_TEXT_BYTES = 16 * 2**20
 PAGE_BEGINS = "<!doctype html>"
@@ -42,8 +43,8 @@ def require_regular_file(path: Path, what: str) -> int:
 def require_output_file(path: Path, what: str, begins: str) -> None:
     """Raise `InputError` unless an output can be written to `path`, which messages call `what`.
 
-    It must be no folder, device or address, and an existing file must be an earlier output of the same kind, which
-    `begins` with this text: anything else would be destroyed.
+    It must be no folder, device or address, and an existing file must be an earlier output of the same kind, whose
+    first line `begins` is: anything else would be destroyed.
     """
     shown = f"{what} {quoted(str(path))}"
     if not path.name or path.name == "..":
@@ -53,27 +54,15 @@ def require_output_file(path: Path, what: str, begins: str) -> None:
     try:
         is_other = path.exists() and not path.is_file()
         holder = next(folder for folder in path.absolute().parents if folder.exists())
-        start = _first_bytes(path, len(begins.encode()))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{shown} can't be a file: {getattr(error, 'strerror', None) or first_line(error)}."
         ) from error
     if is_other:
         raise InputError(f"{shown} is there already, and is no file. Choose another name.")
-    if start not in (b"", begins.encode()):
-        raise InputError(
-            f"{shown} is there already, and fastcache didn't write it: it doesn't begin with {begins!r}. Choose another name."
-        )
     if not holder.is_dir():
         raise InputError(f"{shown}: {holder} is a file, so nothing can be in it. Choose another name.")
-
-
-def _first_bytes(path: Path, n_bytes: int) -> bytes:
-    """The first bytes of a regular file; none if there is no such file."""
-    if not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        return file.read(n_bytes)
+    require_replaceable(path, begins.encode())
 
 
 def read_text_file(path: Path, what: str, at_most: int = MAX_TEXT_BYTES) -> str:

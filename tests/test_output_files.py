@@ -10,7 +10,7 @@ from fastcache.text_files import PAGE_BEGINS, require_output_file
 def test_a_file_that_is_no_page_of_ours_is_kept(tmp_path, content):
     path = tmp_path / "page.html"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="fastcache didn't write it"):
+    with pytest.raises(InputError, match="not a file of this kind"):
         require_output_file(path, "--html", PAGE_BEGINS)
     assert path.read_bytes() == content
 
