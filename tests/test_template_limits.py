@@ -80,11 +80,24 @@ def test_a_limit_that_only_one_dialogue_exceeds_is_its_refusal(tokenizer, few_st
         renderer.render([{"role": "user", "content": "loop"}])
 
 
-def test_the_clock_stops_what_the_counts_miss(tokenizer, monkeypatch):
-    monkeypatch.setattr(template_env, "MAX_SECONDS", 0.0)
-    tokenizer.chat_template = "{% for i in range(2000) %}{% endfor %}"
-    with pytest.raises(ModelError, match="too many steps"):
-        ChatRenderer(tokenizer).render(MESSAGES)
+def test_the_clock_stops_what_the_counts_miss_and_never_refuses_one_dialogue(tokenizer, monkeypatch):
+    monkeypatch.setattr(template_env, "MAX_CPU_SECONDS", 0.0)
+    long = "{% for i in range(2000) %}{% endfor %}"
+    tokenizer.chat_template = "{% if messages[0].content == 'slow' %}" + long + "{% endif %}"
+    renderer = ChatRenderer(tokenizer)
+    assert renderer.render(MESSAGES).text == ""
+    with pytest.raises(ModelError, match="more than 0 s for one dialogue"):
+        renderer.render([{"role": "user", "content": "slow"}])
+
+
+def test_a_machine_without_memory_refuses_no_dialogue(tokenizer, monkeypatch):
+    def fail(*_args, **_keywords):
+        raise MemoryError
+
+    renderer = ChatRenderer(tokenizer)
+    monkeypatch.setattr(template_env.TrackingEnvironment, "render", fail)
+    with pytest.raises(MemoryError):
+        renderer.render(MESSAGES)
 
 
 ESCAPES = ["{{ ''.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{ messages.append(1) }}"]

@@ -239,7 +239,7 @@ class ChatTemplate:
 
     def _trace(self, dialogue: Dialogue, form: Form, generation_prompt: bool) -> Tracked:
         """The same text, with the code of each character; raises `_RefusedError` for what the template refuses."""
-        from fastcache.llm.template_env import TemplateLimitError
+        from fastcache.llm.template_env import TemplateLimitError, TemplateTimeError
 
         messages = [self._with_aliases(message) for message in form.messages]
         variables = {
@@ -252,9 +252,11 @@ class ChatTemplate:
         template = self._compiled(dialogue.tools is not None)
         try:
             return self._environment.render(template, messages, form.turns, turns_of_sources, **variables)
-        except (TemplateLimitError, RecursionError, MemoryError, ArithmeticError) as error:
-            reason = {RecursionError: "it calls itself without end", MemoryError: "it needs too much memory"}
-            raise self._broken(reason.get(type(error), str(error)), dialogue) from error
+        except TemplateTimeError as error:
+            raise _unusable(str(error)) from error
+        except (TemplateLimitError, RecursionError, ArithmeticError) as error:
+            reason = "it calls itself without end" if isinstance(error, RecursionError) else str(error)
+            raise self._broken(reason, dialogue) from error
         except _expected_errors() as error:
             raise _RefusedError(error) from error
 
@@ -273,7 +275,11 @@ class ChatTemplate:
             except ModelError as error:
                 return error
             return TemplateRefusalError(f"it was stopped: {reason}")
-        return ModelError(f"The model's chat template can't be used: {reason}. {_ADVICE}")
+        return _unusable(reason)
+
+
+def _unusable(reason: str) -> ModelError:
+    return ModelError(f"The model's chat template can't be used: {reason}. {_ADVICE}")
 
 
 _ADVICE = (

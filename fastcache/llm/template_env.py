@@ -42,8 +42,9 @@ STEPS_OF_MESSAGES = 50
 MAX_CHARACTERS = 1_000_000
 CHARACTERS_OF_INPUT = 16
 """A text may have `MAX_CHARACTERS`, and so many more for each character of the dialogue."""
-MAX_SECONDS = 10.0
-"""For what the counts miss: a rendering takes milliseconds."""
+MAX_CPU_SECONDS = 60.0
+"""For what the counts miss: a rendering takes milliseconds. It is time of the processor, so that a stopped or busy machine
+doesn't count, and it ends the command: which dialogues a template is given up for must not depend on a clock."""
 MAX_NUMBER_BITS = 4096
 MAX_INDENT = 16
 """Blanks of a level of JSON."""
@@ -61,6 +62,10 @@ _WIDTH = re.compile(r"[%:{][^%{}]*?(\d{4,})")
 
 class TemplateLimitError(Exception):
     """A template that goes on too long, or writes too much; no error of Jinja's, so that no template handles it."""
+
+
+class TemplateTimeError(TemplateLimitError):
+    """A template that took more than `MAX_CPU_SECONDS`."""
 
 
 class _Generator(CodeGenerator):
@@ -141,7 +146,7 @@ class TrackingEnvironment(ImmutableSandboxedEnvironment):
         self._counters: list[int | None] = [None]
         self._steps_left = MAX_STEPS + STEPS_OF_MESSAGES * n_messages**2
         self._next_look = self._steps_left - STEPS_BETWEEN_LOOKS
-        self._deadline = time.monotonic() + MAX_SECONDS
+        self._deadline = time.thread_time() + MAX_CPU_SECONDS
         self._max_characters = MAX_CHARACTERS + CHARACTERS_OF_INPUT * n_characters
         self.printed_data = False
 
@@ -200,8 +205,10 @@ class TrackingEnvironment(ImmutableSandboxedEnvironment):
         self._steps_left -= steps
         if self._steps_left < self._next_look:
             self._next_look = self._steps_left - STEPS_BETWEEN_LOOKS
-            if self._steps_left < 0 or time.monotonic() > self._deadline:
+            if self._steps_left < 0:
                 raise TemplateLimitError("it takes too many steps")
+            if time.thread_time() > self._deadline:
+                raise TemplateTimeError(f"it takes more than {MAX_CPU_SECONDS:g} s for one dialogue")
 
     def _check_size(self, size: int) -> None:
         if size > self._max_characters:
