@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import fastcache
+from fastcache.sae import init
 from fastcache.stages.train.config import TrainConfig
 from fastcache.stages.train.recipe import resolve
 
@@ -47,6 +48,7 @@ def test_the_recipe_has_the_figures_of_the_table():
     assert f"lambda {standard.coefficient:g}" in done["standard SAE"]
     assert f"lambda {jumprelu.coefficient:g}, bandwidth {jumprelu.bandwidth:g}" in done["JumpReLU SAE"]
     assert done["initial theta"].startswith(f"{jumprelu.threshold:g};")
+    assert (init.MEDIAN_EPS, init.MEDIAN_FTOL, init.MEDIAN_MAX_STEPS) == (1e-6, 1e-20, 100)
     assert f"batch {standard.batch_size}" in done["optimiser"]
     assert f"gradient norm of {standard.clip_norm:g}" in done["clipping"]
     assert f"{standard.lr_warm_up:.0%} of the steps up, {standard.lr_decay:.0%} down" in done["learning rate"].replace(

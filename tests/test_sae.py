@@ -115,6 +115,27 @@ def test_geometric_median_of_a_line_is_its_median():
     assert torch.allclose(geometric_median(points, 2000), torch.tensor([2.0, 0.0]), atol=0.05)
 
 
+def test_the_geometric_median_stops_where_it_no_longer_moves(monkeypatch):
+    from fastcache.sae import init
+
+    objectives, weighted_distance = [], init._weighted_distance
+    monkeypatch.setattr(
+        init, "_weighted_distance", lambda *args: objectives.append(weighted_distance(*args)) or objectives[-1]
+    )
+    points = torch.tensor([[5.0, 1.0], [7.0, 1.0], [6.0, 0.0], [6.0, 2.0]])
+    assert torch.equal(geometric_median(points), torch.tensor([6.0, 1.0]))
+    assert objectives == [1.0, 1.0]  # summed distance over the number of points; the second look ends it
+
+
+def test_initialising_forgets_what_the_biases_were():
+    for cls in ARCHITECTURES.values():
+        sae = make(cls)
+        for value in sae.parameters():
+            value.fill_(0.7)
+        initialise(sae, torch.zeros(8), torch.Generator().manual_seed(0))
+        assert not any(getattr(sae, name).any() for name in ("b_dec", *sae.latent_parameters) if name.startswith("b_"))
+
+
 def test_geometric_median_minimises_the_summed_distance():
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 0.1])
     median = geometric_median(points)
