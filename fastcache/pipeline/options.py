@@ -97,6 +97,8 @@ class AddressOrPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Leave an address as it is."""
+        if isinstance(value, str) and value.startswith("memory://"):
+            self.fail(f"{quoted(value)} ends with the process: what is written there is lost.", param, ctx)
         if isinstance(value, str) and "://" in value:
             return value
         if value == "":
