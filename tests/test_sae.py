@@ -110,6 +110,20 @@ def test_initial_thresholds_make_each_latent_active_on_its_share_of_the_sample(m
     assert (thresholds_for(sae, sample - 100 * sae.W_enc.sum(1), l0=4.0) >= 0).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 500])
+@pytest.mark.parametrize("l0", [0.5, 5.0, 31.0, 32.0, 40.0])
+def test_initial_thresholds_are_quantiles_of_rows_from_the_whole_sample(monkeypatch, n, l0):
+    monkeypatch.setattr("fastcache.sae.init.THRESHOLD_ROWS", 100)
+    generator = torch.Generator().manual_seed(0)
+    sae, sample = JumpReluSae(8, 32), torch.randn(n, 8, generator=generator)
+    sae.W_enc.copy_(torch.randn(8, 32, generator=generator))
+    rows = sample[[int(i * (n - 1) / (min(n, 100) - 1)) if n > 1 else 0 for i in range(min(n, 100))]]
+    expected = (rows @ sae.W_enc).quantile(max(0.0, 1 - l0 / 32), dim=0).clamp(min=0)
+    assert torch.allclose(thresholds_for(sae, sample, l0), expected, atol=1e-5)
+    sae.b_enc.fill_(-100.0)
+    assert not thresholds_for(sae, sample, l0).any()
+
+
 def test_geometric_median_of_a_line_is_its_median():
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [100.0, 0.0]])
     assert torch.allclose(geometric_median(points, 2000), torch.tensor([2.0, 0.0]), atol=0.05)
