@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcache.sae import bootstrap
+from fastcache.sae import bootstrap, metrics
 from fastcache.sae.architectures import StandardSae
 from fastcache.sae.bootstrap import resampled, with_intervals
 from fastcache.sae.metrics import Metrics
@@ -37,11 +37,11 @@ def centred_sae(x):
 
 def measured(sae, x, masks, dialogues, batches=3):
     """Metrics of whole dialogues, in several batches."""
-    metrics = Metrics(tuple(f"set {i}" for i in range(len(masks))), D_IN, sae.d_sae)
+    sums = Metrics(tuple(f"set {i}" for i in range(len(masks))), D_IN, sae.d_sae)
     for part in torch.arange(int(dialogues.max()) + 1).chunk(batches):
         rows = (dialogues >= part[0]) & (dialogues <= part[-1])
-        metrics.update(sae, x[rows], masks[:, rows], dialogues[rows] - part[0])
-    return metrics.result()["splits"]
+        sums.update(sae, x[rows], masks[:, rows], dialogues[rows] - part[0])
+    return sums.result()["splits"]
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
@@ -94,6 +94,23 @@ def test_a_set_of_one_token_has_its_vector_as_mean():
     assert torch.allclose(spread.mean(), x[0])
     assert not spread.mean(1).any()
     assert spread.by_dialogue() == pytest.approx(np.zeros((1, 2)), abs=1e-12)
+
+
+def test_dialogues_without_tokens_of_a_set_do_not_count_in_it():
+    x, numbers = dialogues_of(1.0)
+    sae, mask = centred_sae(x), numbers % 3 == 1
+    mask &= torch.cat([torch.tensor([True]), numbers.diff() > 0])  # one token of every third dialogue
+    found = measured(sae, x, torch.stack([numbers >= 0, mask]), numbers)["set 1"]
+    errors = (sae(x).double() - x.double())[mask].square().mean(1)
+    assert (found["n_tokens"], found["n_dialogues"]) == (13, 13)
+    assert found["mse"] == pytest.approx(float(errors.mean()), rel=1e-6)
+    assert found["mse"] == pytest.approx(found["mse_pooled"])
+
+
+def test_windows_and_densities_are_those_of_the_documentation():
+    assert metrics.WINDOWS == (10_000, 100_000, 1_000_000, 10_000_000)
+    assert np.allclose(metrics.DENSITY_EDGES, np.arange(-8, 0.1, 0.25))
+    assert metrics.L0_QUANTILES == (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def test_saes_that_share_the_spread_have_the_figures_of_each_alone():
