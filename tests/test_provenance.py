@@ -66,12 +66,44 @@ def test_a_slice_has_the_codes_of_its_characters(parts, start, stop):
     assert codes(text[start:stop]) == codes(text)[start:stop]
 
 
-@given(runs)
-def test_splitting_and_joining_gives_the_codes_back(parts):
-    text = mixed(parts)
-    pieces = text.split("a")
-    kept = [code for code, char in zip(codes(text), str(text), strict=True) if char != "a"]
-    assert [code for piece in pieces for code in codes(piece)] == kept
+def numbered(text):
+    """A text in which the code of each character is its place."""
+    return joined(tracked(char, place) for place, char in enumerate(text))
+
+
+def places(pieces):
+    return [codes(piece) for piece in pieces]
+
+
+@given(st.text("ab<", max_size=12), st.sampled_from(["a", "ab", "<a<"]), st.integers(-1, 3))
+def test_pieces_keep_the_places_of_their_characters(plain, separator, count):
+    text, n = numbered(plain), len(separator)
+    starts = [0]
+    while len(starts) - 1 != count and (place := plain.find(separator, starts[-1])) >= 0:
+        starts.append(place + n)
+    stops = [*(start - n for start in starts[1:]), len(plain)]
+    assert places(text.split(separator, count)) == [[*range(a, b)] for a, b in zip(starts, stops, strict=True)]
+    stops, starts = [len(plain)], []
+    while len(stops) - 1 != count and (place := plain.rfind(separator, 0, stops[-1])) >= 0:
+        starts.append(place + n)
+        stops.append(place)
+    starts.append(0)
+    assert places(text.rsplit(separator, count)) == [[*range(a, b)] for a, b in zip(starts, stops, strict=True)][::-1]
+    place = plain.find(separator)
+    cuts = (place, place + n) if place >= 0 else (len(plain), len(plain))
+    assert places(text.partition(separator)) == [[*range(cuts[0])], [*range(*cuts)], [*range(cuts[1], len(plain))]]
+
+
+@given(st.text("ab \n", max_size=12))
+def test_words_and_lines_keep_the_places_of_their_characters(plain):
+    text = numbered(plain)
+    for pieces in (text.split(), text.splitlines(True), [text.strip(), text.lstrip("a"), text.rstrip("\n")]):
+        for piece in pieces:
+            found = codes(piece)
+            assert "".join(plain[place] for place in found) == piece
+            assert found == [*range(found[0], found[0] + len(found))] if found else True
+    kept = [place for piece in text.split() for place in codes(piece)]
+    assert kept == [place for place, char in enumerate(plain) if not char.isspace()]
 
 
 @given(runs)

@@ -13,6 +13,7 @@ from fastcache.cache_format.schema import TokenType, TurnRole, turn_roles
 from fastcache.errors import TemplateRefusalError
 from fastcache.llm.chat import ChatRenderer
 from fastcache.llm.dialogue import Dialogue
+from fastcache.llm.layouts import Layouts
 from fastcache.llm.template import pinned_date
 
 NAMES = (
@@ -175,5 +176,34 @@ def test_no_content_becomes_a_special_token_or_is_lost_without_a_count(known, na
             if flags & TokenType.SPECIAL and flags >> 5 == TurnRole.USER
         ]
         assert tokenizer.decode(rendered.token_ids) == rendered.text
+
+    check()
+
+
+odd_words = ["a", " ", "\n", "</think>", "<think>", "/no_think", "é", "<", "user"]
+plain = st.lists(st.sampled_from(odd_words), max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dialogue_renders_the_same_without_a_trace(known, name):
+    """With the layout of an earlier dialogue of the same roles, which most need no trace of their own."""
+    tokenizer, renderer = known(name)
+    traced = ChatRenderer(tokenizer)
+    renderer.render([turn(role, "probe") for role in ("user", "assistant", "user", "assistant")])
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.lists(plain, min_size=4, max_size=4))
+    def check(contents):
+        messages = [turn(role, text) for role, text in zip(["user", "assistant"] * 2, contents, strict=True)]
+        traced._layouts = Layouts()
+        outcomes = []
+        for one in (renderer, traced):
+            try:
+                rendered = one.render(messages)
+                parts = rendered.text, rendered.token_ids.tolist(), rendered.token_types.tolist(), rendered.turns
+                outcomes.append((*parts, rendered.left_out, rendered.changes))
+            except TemplateRefusalError as error:
+                outcomes.append(error.reason)
+        assert outcomes[0] == outcomes[1]
 
     check()

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from fastcache.cache_format.schema import ROLE_SHIFT, TokenType, TurnRole
 from fastcache.llm.dialogue import REASONING, ROLES, Dialogue
+from fastcache.llm.layouts import Layouts, plain_contents
 from fastcache.llm.marking import Marking, Tokens
 from fastcache.llm.provenance import plain
-from fastcache.llm.template import FIXED_DATE, ChatTemplate, Written
+from fastcache.llm.template import FIXED_DATE, ChatTemplate
 from fastcache.llm.turns import NOBODY, Piece, TurnFinder
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class ChatRenderer:
         self._template = ChatTemplate(tokenizer, fold_system)
         self._turns = TurnFinder(self._template)
         self._marking = Marking(tokenizer)
+        self._layouts = Layouts()
         self._bos: str = tokenizer.bos_token or ""
         self._knows_literals = False
 
@@ -86,27 +88,49 @@ class ChatRenderer:
         Raises `InputError` for what is no dialogue, `TemplateRefusalError` for a dialogue that the template refuses, and
         `ModelError` if the template can't be used.
         """
-        dialogue = Dialogue.of(messages, tools)
         if not self._knows_literals:
             self._marking.learn(self._template.literals)
             self._knows_literals = True
+        contents = None if tools or generation_prompt else plain_contents(messages)
+        if contents and (rendered := self._render_plain(messages, contents)):
+            return rendered
+        dialogue = Dialogue.of(messages, tools)
         written = self._template.apply(dialogue, generation_prompt)
-        text, pieces = self._cut(written)
+        text, pieces = plain(written.text), self._turns.pieces(written)
+        if contents and not written.changes:
+            self._layouts.keep(dialogue.roles, contents, text, pieces)
+        return self._rendered(text, pieces, dialogue.roles, written.changes, written.left_out)
+
+    def _render_plain(self, messages: Messages, contents: list[str]) -> Rendered | None:
+        """The same without a trace, for a dialogue with the layout of an earlier one; None if it has another."""
+        roles = tuple(message.get("role", "") for message in messages)
+        if roles not in self._layouts:
+            return None
+        text = self._template.plain_text(roles, contents)
+        pieces = self._layouts.pieces(roles, contents, text) if text is not None else None
+        return self._rendered(text, pieces, roles) if text is not None and pieces is not None else None
+
+    def _rendered(
+        self,
+        text: str,
+        pieces: list[Piece],
+        roles: tuple[str, ...],
+        changes: tuple[str, ...] = (),
+        left_out: dict[str, int] | None = None,
+    ) -> Rendered:
+        text, pieces = self._cut(text, pieces, roles)
         tokens = self._marking.tokenize(text, pieces)
         owners = _owners(text, pieces, tokens)
-        types = self._types(text, pieces, tokens, owners, dialogue.roles)
-        turns = _spans(pieces, owners, len(dialogue.roles))
-        return Rendered(text, tokens.ids, types, turns, written.changes, written.left_out)
+        types = self._types(text, pieces, tokens, owners, roles)
+        return Rendered(text, tokens.ids, types, _spans(pieces, owners, len(roles)), changes, left_out or {})
 
-    def _cut(self, written: Written) -> tuple[str, list[Piece]]:
+    def _cut(self, text: str, pieces: list[Piece], roles: Sequence[str]) -> tuple[str, list[Piece]]:
         """Text and pieces, begin-of-sequence a piece of its own, without a default system turn that isn't wanted."""
-        pieces = self._turns.pieces(written)
-        text = plain(written.text)
         n_bos = self._n_bos(text)
         if n_bos:
             pieces = [piece._replace(start=max(piece.start, n_bos)) for piece in pieces if piece.stop > n_bos]
             pieces.insert(0, Piece(0, n_bos, NOBODY, ""))
-        has_system = written.dialogue.roles[0] in ("system", "developer")
+        has_system = roles[0] in ("system", "developer")
         first = next((i for i, piece in enumerate(pieces) if piece.turn is not NOBODY), len(pieces))
         lead = pieces[bool(n_bos) : first]
         if not lead or has_system or self._default_system or any(piece.field for piece in lead):

@@ -90,7 +90,7 @@ class Tracked(str):
         return self._cut(0, len(str.removesuffix(self, suffix)))
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._located(str.split(self, sep, maxsplit))
+        return self._located(str.split(self, sep, maxsplit), len(sep or ""))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(str.rsplit(self, sep, maxsplit), len(sep or ""))
@@ -111,7 +111,10 @@ class Tracked(str):
         return head, middle, tail
 
     def _located(self, pieces: Sequence[str], gap: int = 0) -> list[str]:
-        """The pieces, which stand in this text in this order, with their codes."""
+        """The pieces, which stand in this text in this order with `gap` characters between them, with their codes.
+
+        With a gap of 0, there may be blanks between pieces that begin with none.
+        """
         located: list[str] = []
         position = 0
         for piece in pieces:

@@ -178,7 +178,7 @@ class ChatTemplate:
     def _compile(self, has_tools: bool) -> "jinja2.Template":
         import jinja2
 
-        from fastcache.llm.template_env import TemplateLimitError
+        from fastcache.llm.template_code import TemplateLimitError
 
         try:
             self._environment.check_constants(self._sources[has_tools])
@@ -224,12 +224,24 @@ class ChatTemplate:
         except _RefusedError as error:
             raise _refusal(error.cause, refused) from error
 
+    def plain_text(self, roles: Sequence[str], contents: Sequence[str]) -> str | None:
+        """What is written for a dialogue with the roles of one that was traced before; None if that needs a trace."""
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            return self._apply(messages, None, False)
+        except _expected_errors():
+            return None
+
     def _plain(self, dialogue: Dialogue, form: Form, generation_prompt: bool) -> str:
-        """What `apply_chat_template` of transformers returns."""
+        """What transformers writes for one form."""
         tools = untracked(dialogue.tools) if dialogue.tools else None
+        return self._apply([untracked(message) for message in form.messages], tools, generation_prompt)
+
+    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, generation_prompt: bool) -> str:
+        """What `apply_chat_template` of transformers returns."""
         return str(
             self._tokenizer.apply_chat_template(
-                [untracked(message) for message in form.messages],
+                messages,
                 tools=tools,
                 chat_template=self._sources[bool(tools)],
                 tokenize=False,
@@ -239,7 +251,7 @@ class ChatTemplate:
 
     def _trace(self, dialogue: Dialogue, form: Form, generation_prompt: bool) -> Tracked:
         """The same text, with the code of each character; raises `_RefusedError` for what the template refuses."""
-        from fastcache.llm.template_env import TemplateLimitError, TemplateTimeError
+        from fastcache.llm.template_code import TemplateLimitError, TemplateTimeError
 
         messages = [self._with_aliases(message) for message in form.messages]
         variables = {

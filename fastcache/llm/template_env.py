@@ -15,7 +15,6 @@ from typing import Any
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
@@ -33,6 +32,16 @@ from fastcache.llm.provenance import (
     recoded,
     runs_of,
     to_json,
+)
+from fastcache.llm.template_code import (
+    Generation,
+    Generator,
+    TemplateDict,
+    TemplateLimitError,
+    TemplateNamespace,
+    TemplateTimeError,
+    raise_exception,
+    refuse_chance,
 )
 
 MAX_STEPS = 2_000_000
@@ -60,81 +69,17 @@ _OF_JINJA = ("_loop_vars", "_block_vars")
 _WIDTH = re.compile(r"[%:{][^%{}]*?(\d{4,})")
 
 
-class TemplateLimitError(Exception):
-    """A template that goes on too long, or writes too much; no error of Jinja's, so that no template handles it."""
-
-
-class TemplateTimeError(TemplateLimitError):
-    """A template that took more than `MAX_CPU_SECONDS`."""
-
-
-class _Generator(CodeGenerator):
-    """Compiles outputs, `~` and loops to calls of the environment."""
-
-    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
-        raise nodes.Impossible  # a constant's owner is known when it is written
-
-    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write("environment.written(")
-
-    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write(")")
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concatenated((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        loaded = _loaded(node.target)
-        enter = nodes.Call(nodes.EnvironmentAttribute("enter"), [loaded], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(enter))
-        self.writeline("environment.begin_loop()")
-        super().visit_For(node, frame)
-        self.writeline("environment.end_loop()")
-
-    def visit_Call(self, node: nodes.Call, frame: Frame, **options: Any) -> None:  # type: ignore[override]
-        if isinstance(node.node, nodes.EnvironmentAttribute) and node.node.name == "enter":
-            self.write("environment.enter(")
-            self.visit(node.args[0], frame)
-            self.write(")")
-        else:
-            super().visit_Call(node, frame, **options)
-
-
-def _loaded(target: nodes.Node) -> nodes.Expr:
-    """A loop's target as an expression."""
-    if isinstance(target, nodes.Name):
-        return nodes.Name(target.name, "load")
-    if isinstance(target, nodes.Tuple):
-        return nodes.Tuple([_loaded(item) for item in target.items], "load")
-    return nodes.Const(None)
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which transformers uses to mark what the assistant says; here it does nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja has it
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
-
-
 class TrackingEnvironment(ImmutableSandboxedEnvironment):
     """Renders one dialogue at a time; not for several threads."""
 
-    code_generator_class = _Generator
+    code_generator_class = Generator
     intercepted_binops = frozenset(("+", "*", "%", "**"))
 
     def __init__(self) -> None:
-        extensions = [_Generation, jinja2.ext.loopcontrols]
+        extensions = [Generation, jinja2.ext.loopcontrols]
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
-        self.globals |= {"raise_exception": _raise_exception, "dict": _Dict(), "namespace": _Namespace}
-        self.globals["lipsum"] = self.filters["random"] = _refuse_chance
+        self.globals |= {"raise_exception": raise_exception, "dict": TemplateDict(), "namespace": TemplateNamespace}
+        self.globals["lipsum"] = self.filters["random"] = refuse_chance
         self.filters |= {"tojson": _tojson, "safe": _safe, "join": _join, "string": self.as_text}
         self.filters = {name: self._guarded(name, function) for name, function in self.filters.items()}
         self._turns: dict[int, int] = {}
@@ -386,44 +331,6 @@ class TrackingEnvironment(ImmutableSandboxedEnvironment):
             return self._aligned(function(*args, **kwargs), values)
 
         return guarded
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Without names that begin with an underscore, as in transformers."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `namespace(self=...)` works
-        self, args = args[0], args[1:]
-        attributes = dict(*args, **kwargs)
-        for name in attributes:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a chat template stores {name!r} in a namespace")
-
-
-class _Dict:
-    """`dict`, of which transformers gives templates this much."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def _refuse_chance(*_args: Any, **_kwargs: Any) -> None:
-    raise TemplateLimitError("it writes something else each time")
-
-
-def _raise_exception(message: Any) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _tojson(
