@@ -210,7 +210,6 @@ class Harmful:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["torch", "pickle", "junk"])
 def test_a_pickle_is_not_run_and_no_one_is_told_to_run_it(kind, model, refused, tmp_path):
     import torch

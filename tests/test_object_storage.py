@@ -240,3 +240,10 @@ def test_damage_in_a_bucket_is_found_and_repaired(bucket, local, tiny_qwen, chat
     assert {finding.part for finding in verify(storage, progress=Silent()) if not finding.is_note} == {1}
     assert repair(address, Silent()) == [1]
     assert objects(address) == tree_bytes(local)
+
+
+def test_a_store_that_does_not_answer_or_holds_nothing_is_not_damage(bucket, capsys):
+    from test_cli import fails
+
+    assert "is no cache" in fails(capsys, "verify", f"{bucket}/nothing")
+    assert "the object store says" in fails(capsys, "verify", "s3://no-such-bucket-anywhere/x")

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ def loading_errors(source: ModelSource, what: str) -> Iterator[None]:
     if source.is_local:
         require_readable_files(Path(source.path), source.name)
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says what matters
             yield
     except (FastcacheError, MemoryError):
         raise

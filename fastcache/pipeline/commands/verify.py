@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from fastcache.config import parse_number
-from fastcache.errors import InputError, quoted
+from fastcache.errors import FormatError, InputError, quoted
 from fastcache.pipeline.command import Command
 from fastcache.pipeline.console import RichProgress, make_console
 
@@ -26,13 +26,26 @@ MOST_THREADS = 1024
 
 
 def _require_cache(place: str) -> None:
-    """Raise `InputError` for a folder that nothing of a cache is in: that is a wrong path, not damage."""
+    """Raise `InputError` for a place that nothing of a cache is in, `StorageError` for a store that doesn't answer.
+
+    Either is a wrong path or a network that is down, not damage.
+    """
     from fastcache.cache_format.schema import LOG_FILE, MANIFEST_FILE, PARTS_FOLDER
+    from fastcache.cache_format.storage import open_storage
 
     folder = Path(place.removeprefix("file://"))
-    if "://" not in place.removeprefix("file://") and not any(
-        os.path.lexists(folder / name) for name in (MANIFEST_FILE, LOG_FILE, PARTS_FOLDER)
-    ):
+    if "://" in place.removeprefix("file://"):
+        storage = open_storage(place)
+        try:
+            storage.read(MANIFEST_FILE)
+            return
+        except FormatError:
+            return
+        except FileNotFoundError:
+            is_there = bool(storage.sizes(""))
+    else:
+        is_there = any(os.path.lexists(folder / name) for name in (MANIFEST_FILE, LOG_FILE, PARTS_FOLDER))
+    if not is_there:
         raise InputError(
             f"{quoted(place)} is no cache: there is no folder with a {MANIFEST_FILE}. Name a folder made by `extract`."
         )
