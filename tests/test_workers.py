@@ -102,6 +102,12 @@ def rare_model(tiny_qwen, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def unchecked_tokens(monkeypatch):
+    """A run that finds out only while it computes that a model doesn't know a token, as if a unit failed for any reason."""
+    monkeypatch.setattr("fastcache.stages.extract.job.require_known_tokens", lambda *_given: None)
+
+
 @pytest.fixture(scope="module")
 def rare_corpus(chat_file, tmp_path_factory):
     """Dialogues, one of which has the rare token."""
@@ -117,7 +123,7 @@ def rare_corpus(chat_file, tmp_path_factory):
     return folder / "corpus"
 
 
-@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.usefixtures("unchecked_tokens", "forked_workers")
 def test_a_unit_that_always_fails_is_named_and_the_rest_goes_on(rare_model, rare_corpus, tmp_path):
     options = {"unit_tokens": UNIT, "workers": 2, "parity": 0}
     cache = run_extract(rare_model, rare_corpus, tmp_path / "cache", **options)
@@ -214,7 +220,7 @@ def test_the_status_file_tells_where_the_run_stands(alone):
     assert status["units_done"] == len(cache.parts)
 
 
-@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.usefixtures("unchecked_tokens", "forked_workers")
 def test_a_repair_leaves_failed_units_failed(rare_model, rare_corpus, tmp_path):
     from fastcache.progress import Silent
     from fastcache.stages.extract.repair import repair
