@@ -105,6 +105,14 @@ def test_dialogues_without_tokens_of_a_set_do_not_count_in_it():
     assert (found["n_tokens"], found["n_dialogues"]) == (13, 13)
     assert found["mse"] == pytest.approx(float(errors.mean()), rel=1e-6)
     assert found["mse"] == pytest.approx(found["mse_pooled"])
+    total = (sae(x).double() - x.double()).square().mean(1).sum()
+    assert found["share_of_squared_error"] == pytest.approx(float(errors.sum() / total), rel=1e-6)
+
+
+def test_without_any_error_no_set_has_a_share_of_it():
+    sae = StandardSae(D_IN, D_IN)
+    found = measured(sae, torch.zeros(4, D_IN), torch.ones(1, 4, dtype=torch.bool), torch.arange(4), batches=1)["set 0"]
+    assert (found["share_of_squared_error"], found["mse"], found["log2_mse"], found["fvu"]) == (0.0, 0.0, None, None)
 
 
 def test_windows_and_densities_are_those_of_the_documentation():
