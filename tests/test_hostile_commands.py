@@ -57,7 +57,7 @@ def numeric_options():
 
 @pytest.mark.parametrize(("words", "name", "limits"), list(numeric_options()))
 def test_every_number_has_a_range(words, name, limits, capsys, tmp_path, monkeypatch):
-    """Of every option of every command: below it, above it, and what is no number are refused before any file is looked at."""
+    """Every option of every command refuses values out of range, and what is no number, before any file is opened."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p").mkdir()
     (tmp_path / "p/manifest.json").touch()  # inspect looks at the kind of the folder first

@@ -15,7 +15,7 @@ ROOT = Path(fastcache.__file__).parent
 OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z0-9-]*")
 OTHER = re.compile(r"`?fastcache ((?:interpret (?:judge|scores)|steer find|[a-z]+)\b)([^`.;,)\n]*)")
 PREFIX = "--no-"
-"""Of the second name of a switch, which the code puts together."""
+"""The prefix of a switch's second name, which the code assembles."""
 
 
 def options_of(command):

@@ -78,7 +78,7 @@ class Segments:
 
 
 _CURRENT: ContextVar[Segments | None] = ContextVar("segments of the pack that is run", default=None)
-"""Not handed to the model as a keyword: many models don't give keywords on, and some kernels don't take them."""
+"""The pack is not passed to the model as a keyword: many models do not forward keywords, and some kernels refuse them."""
 
 
 def current_segments() -> Segments | None:

@@ -103,7 +103,7 @@ class TemplateDict:
 
 
 def refuse_chance(*_args: Any, **_kwargs: Any) -> None:
-    """In place of what makes random texts."""
+    """Replaces the functions that make random texts."""
     raise TemplateLimitError("it writes something else each time")
 
 

@@ -155,7 +155,7 @@ class TransformersBackend:
         return "in packs" + (f", but through {', '.join(looped)} one sequence at a time" if looped else "")
 
     def _keywords(self, segments: Segments) -> dict[str, Any]:
-        """What the model is told of a pack by keyword."""
+        """The keywords that describe a pack to the model."""
         if self._takes_boundaries:
             return segments.boundaries()
         return {"fastcache_segments": segments} if self._hands_on else {}

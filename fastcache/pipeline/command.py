@@ -1,4 +1,4 @@
-"""What all commands have in common: no option is dropped without a word, and a misspelt command is told from its name."""
+"""What all commands share: no option is dropped without a word, and a misspelt command gets a suggestion."""
 
 from collections import Counter
 from typing import Any

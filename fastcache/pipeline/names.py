@@ -17,7 +17,7 @@ RUNS = Path("fastcache-runs")
 """Where everything goes unless the user says otherwise."""
 
 MAX_BYTES = 100
-"""Of a name, which must fit into the 255 bytes that file systems allow with what is added to it."""
+"""The longest name in bytes: with what is added to it, it must fit into the 255 bytes that file systems allow."""
 
 KINDS = ("cache-", "corpus-", "sae-", "sweep-", "latents-", "steer-")
 """How the names in RUNS begin."""
@@ -34,7 +34,7 @@ def slug(text: str) -> str:
 
 
 def _with_hash(readable: str, whole: str) -> str:
-    """A readable name that is told from others by a hash of `whole`."""
+    """A readable name, made unique by a hash of `whole`."""
     short = slug(readable).encode()[-MAX_BYTES:].decode(errors="ignore").strip("-.")
     return f"{short}-{hashlib.sha256(whole.encode(errors='surrogatepass')).hexdigest()[:8]}"
 

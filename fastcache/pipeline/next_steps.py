@@ -23,7 +23,7 @@ Command = list[str]
 USES = {"interpret": ["interpret"], "steer": ["steer", "find"]}
 """What the rows of a split are held out for; those of all others are for `evaluate`."""
 MOST_SAES = 12
-"""In one command."""
+"""The most SAEs that one printed command names."""
 
 
 def after_extract(cache: Cache) -> list[Command]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_CHARACTERS = 2000
-"""Of a row as it is read, and of a run of tokens."""
+"""The most characters that are printed of a row as it is read, and of a run of tokens."""
 
 STYLES = {
     "special": "bold red", "role word": "bold magenta", "template": "dim", "system": "green", "user": "cyan",

@@ -177,4 +177,4 @@ SHOWN: dict[str, Callable[[Console, Path, dict[str, Any]], None]] = {
     "steer": _show_steering,
     "dashboard": _show_dashboard,
 }
-"""By the command in run.json."""
+"""The function that shows an output, by the command in its run.json."""

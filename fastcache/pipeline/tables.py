@@ -67,7 +67,7 @@ class FullTable:
 
     @property
     def width(self) -> int:
-        """Of the whole table."""
+        """The width of the whole table, in characters."""
         return _total(self._whole)
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
@@ -131,7 +131,7 @@ def _text(cell: Cell) -> Text:
 
 
 def _lines_width(cells: Sequence[Text]) -> int:
-    """Of the longest line of the cells."""
+    """The width of the longest line in the cells."""
     return max((cell_len(line) for cell in cells for line in cell.plain.split("\n")), default=0)
 
 

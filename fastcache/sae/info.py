@@ -23,7 +23,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "gated": (),
     "matryoshka": ("k", "widths"),
 }
-"""Of each architecture that there is, what it is made with besides its shape."""
+"""What each architecture is built from besides its shape."""
 ALWAYS = ("format", "format_version", "architecture", "d_in", "d_sae", "options")
 """What an SAE can't be loaded without."""
 
@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     "tokens": OBJECT,
     "skipped_units": ("a list", _is(list)),
 }
-"""By dotted name; a name that is not there is no fault unless it is asked for."""
+"""Values by dotted name; a missing name is an error only when it is used."""
 
 
 def read_info(folder: Path, require: Collection[str] = ()) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from fastcache.sae.bootstrap import Sums, resampled, with_intervals
 from fastcache.sae.spread import Spread, unexplained
 
 COLUMNS = ("n_tokens", "squared_error", "x_squared", "cosine", "relative_norm", "l0", "mse", "n_dialogues", "spread")
-"""Of a dialogue and a set: sums over its tokens; then its own mean squared error, 1 if it has tokens of the set, and the summed
-squared distance of its tokens to the mean of the set."""
+"""Sums over the tokens of a dialogue in a set. Then the mean squared error of the dialogue, 1 if it has tokens of the set,
+and the summed squared distance of its tokens to the mean of the set."""
 L0_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 WINDOWS = (10_000, 100_000, 1_000_000, 10_000_000)
 """Tokens among which a latent that never fires counts as dead; the number of all tokens is always one more."""

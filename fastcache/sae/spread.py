@@ -27,7 +27,7 @@ class Spread:
     def __init__(self, n_sets: int, d_in: int, device: str = "cpu") -> None:
         self._sum = torch.zeros(n_sets, d_in, dtype=torch.double, device=device)
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Of each batch: counts and sums of |x|^2, both `[dialogues, s]`; for counts above 0 sums of x `[m, d_in]`."""
+        """For each batch: counts and sums of |x|^2, both `[dialogues, s]`; for counts above 0 sums of x `[m, d_in]`."""
 
     @torch.no_grad()
     def update(self, x: Tensor, masks: Tensor, dialogues: Tensor) -> None:
@@ -43,7 +43,7 @@ class Spread:
         self._batches.append((counts.cpu(), powers.cpu(), by_dialogue[filled].cpu()))
 
     def mean(self, of_set: int = 0) -> Tensor:
-        """Of the tokens of a set so far, `[d_in]`, float32 on the device; zeros where there are none."""
+        """The mean of the tokens of a set so far, `[d_in]`, float32 on the device; zeros where there are none."""
         return self._means()[of_set].float()
 
     def _means(self) -> Tensor:

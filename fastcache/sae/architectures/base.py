@@ -81,7 +81,7 @@ class Sae(nn.Module, ABC):
 
     @classmethod
     def shapes(cls, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
-        """Of the parameters, all of which are float32, by name."""
+        """The shape of each parameter, by name; all are float32."""
         shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
         return shapes | dict.fromkeys(cls.latent_parameters, (d_sae,))
 

@@ -132,7 +132,7 @@ def _passes_by(error: Exception) -> bool:
 
 
 def passes(device: torch.device) -> str:
-    """By what the passes of a fast step are made on `device`: triton, numba or torch."""
+    """What computes the passes of a fast step on `device`: triton, numba or torch."""
     if device.type == "cuda":
         return "torch" if trouble(device) else f"triton {_kernels().triton.__version__}"
     return f"numba {numba.__version__}" if compiles and device.type == "cpu" else "torch"

@@ -1,4 +1,4 @@
-"""Earlier evaluations of an SAE: those that are still valid are kept, and what isn't is told.
+"""Earlier evaluations of an SAE: those that are still valid are kept, and the others are reported.
 
 `evaluation.json` is the newest. One on other dialogues, or whose figures with the model were measured otherwise, is copied to a
 name that follows from what it was measured on, so that going back and forth between two caches doesn't add files.

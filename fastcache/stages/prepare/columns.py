@@ -80,15 +80,15 @@ class Columns:
         self.data = bytearray()
         self.stops: list[int] = []
         self.fields: list[int] = []
-        """Of each row the number in `field_sets`."""
+        """The number in `field_sets` of each row."""
         self.field_sets = FieldSets()
         self.reasons: dict[int, str] = {}
         self.sources: list[tuple[str, int, int]] = []
         """Source, number there of the first row, number of rows."""
         self.first_places: dict[str, dict[str, str]] = {}
-        """By source and reason, where the first unusable row stands."""
+        """The place of the first unusable row, by source and reason."""
         self.files: dict[str, tuple[int, int, str]] = {}
-        """By file, its rows, those of them that aren't even rows, and where the first of these stands."""
+        """For each file: its rows, those that could not be parsed as rows, and the place of the first of these."""
 
     def add(
         self,

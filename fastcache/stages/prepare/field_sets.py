@@ -4,7 +4,8 @@ import json
 from collections.abc import Collection
 
 MAX_NAMES, MAX_NAME = 500, 80
-"""Names of fields that are told apart in a chunk, and their characters: some sets have a field of its own for each row."""
+"""The most field names that are counted one by one in a chunk, and the most characters in a name: some data sets have a
+field for each row."""
 
 OTHER_FIELDS = "(other fields)"
 

@@ -114,7 +114,7 @@ class Ledger:
         }
 
     def field_counts(self, chunks: list[Chunk]) -> dict[str, dict[str, dict[str, int]]]:
-        """By source, in how many kept rows of `chunks` each field beside the dialogue was kept, and was not kept.
+        """For each source, in how many kept rows of `chunks` each field beside the dialogue was kept, and was not kept.
 
         Of very many fields, those in most rows have their names; the rest are counted together as `OTHER_FIELDS`.
         """

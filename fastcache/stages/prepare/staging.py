@@ -33,7 +33,7 @@ FILE_FAULT_SHARE, FILE_FAULT_ROWS = 0.9, 5
 """A file in which this share of the rows can't be read, and so many of them, or all, has a fault as a whole."""
 
 STAGE_VERSION = 2
-"""Of the files of a chunk: others aren't used again."""
+"""The version of a chunk's files: files of other versions are not used again."""
 
 WORKER_BYTES = 512 * 2**20
 """Memory that a worker takes for a chunk, with the blocks that wait for it."""
@@ -155,7 +155,7 @@ def stage_chunk(parts: list[Part], index: int, folder: Path, config: PrepareConf
 
 
 def first_places(chunks: list[Chunk]) -> dict[str, dict[str, str]]:
-    """By source and reason, where the first unusable row stands."""
+    """The place of the first unusable row, by source and reason."""
     places: dict[str, dict[str, str]] = {}
     for chunk in chunks:
         for source, by_reason in chunk.first_places.items():

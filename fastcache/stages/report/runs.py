@@ -17,7 +17,7 @@ MAY_BE_UNKNOWN = ("fvu", "dead_latents")
 HIDDEN = ("resolved", "cache_fingerprint", "device")
 COMMANDS = ("train", "sweep")
 MOST_NAMES = 8
-"""Of SAEs, in one sentence."""
+"""The most SAEs that are named in one sentence."""
 
 Evaluation = dict[str, Any]
 Lines = list[dict[str, Any]]

@@ -52,7 +52,7 @@ def find(config: FindConfig, out: Path, progress: Progress) -> list[Found]:
 
 
 COLUMNS = ("token_id", "token", "n_dialogues", "rank", "latent", "value")
-"""Of the table."""
+"""The columns of the table."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from fastcache.stages.train.config import TrainConfig
 
 Mask = npt.NDArray[np.bool_]
 LARGEST_FACTOR = 1e30
-"""Of the norm filter: norms are float32."""
+"""The largest factor of the norm filter: norms are float32."""
 
 
 def norm_factor(text: str) -> float:

@@ -151,7 +151,7 @@ class Trainer:
         return self.step_number - self._last_fired > self.recipe.dead_window
 
     def _count_dead(self) -> int | None:
-        """Dead latents; None before so many steps were made that one can be dead."""
+        """The number of dead latents; None until `dead_window` steps have passed."""
         return int(self._is_dead().sum()) if self.step_number > self.recipe.dead_window else None
 
     def figures(self, x: Tensor, figures: StepFigures) -> dict[str, float | None]:

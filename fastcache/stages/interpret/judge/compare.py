@@ -20,7 +20,7 @@ CONFIDENCE_Z = 1.96
 COLOURS = ("#ced4da", "#a5d8ff", "#4dabf7", "#1c7ed6", "#0b4a8a")
 """From 1 to 5."""
 COLUMNS = ("model", "hook_point", "architecture", "d_sae", "trained_on", "latent", "score", "name", "detection")
-"""Of the table of all scores."""
+"""The columns of the table of all scores."""
 Summary = dict[str, Any]
 
 
