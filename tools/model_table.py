@@ -30,9 +30,6 @@ from fastcache.llm.loading import ModelSource
 from fastcache.llm.transformers_backend import TransformersBackend
 from fastcache.progress import Silent
 from fastcache.stages.extract.config import ExtractConfig
-from fastcache.stages.extract.run import extract
-from fastcache.stages.prepare.config import PrepareConfig
-from fastcache.stages.prepare.run import prepare
 
 MARKERS = {"transformers": "table of models", "vllm": "table of models in vLLM"}
 """Of the tables in the page, by backend."""
@@ -94,6 +91,8 @@ def difference(cache: Cache, folder: Path, layers: list[int]) -> tuple[float, fl
 
 def row(folder: Path, corpus: Path, tokens: int, backend: str) -> Row:
     """Extract twice and compare."""
+    from fastcache.stages.extract.run import extract
+
     config = transformers.AutoConfig.from_pretrained(folder)
     last = config.get_text_config(decoder=True).num_hidden_layers - 1
     results, manners = [], []
@@ -139,6 +138,10 @@ def make_models(models: Path, names: list[str], folder: Path) -> tuple[Path, lis
 
 def rows(folder: Path, names: list[str], tokens: int, backend: str) -> Iterator[Row]:
     """A row for each checkpoint in `folder`."""
+    # Not at the top: vLLM's workers import this file again, and can't stand what compiled loops leave in memory.
+    from fastcache.stages.prepare.config import PrepareConfig
+    from fastcache.stages.prepare.run import prepare
+
     with tempfile.TemporaryDirectory() as made:
         corpus = Path(made) / "corpus"
         prepare(PrepareConfig(source=(str(DEMO / "chat.jsonl.gz"),), workers=1), corpus, Silent())
