@@ -16,8 +16,17 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Triton asks when it is first imported, by whichever package: GPU kernels are tested without a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from contextlib import suppress
+
 from fastcache.assets import DEMO
 from fastcache.progress import Silent
+
+with suppress(ImportError):  # the environment of vLLM's tests has no hypothesis, which they don't use
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says something about the machine's load, and nothing about the code.
+    settings.register_profile("fastcache", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("fastcache")
 
 TEXT = "the cat sat on a mat while seven grey owls counted stars over the quiet northern harbour again"
 WORDS = TEXT.split()
