@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here asks the hub
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Triton asks when it is first imported, by whichever package: GPU kernels are tested without a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from contextlib import suppress
 
 from fastcache.assets import DEMO
 from fastcache.progress import Silent
