@@ -1,5 +1,6 @@
 """A command whose reader goes away ends as other Unix tools end, and leaves what can be gone on with."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -83,6 +84,7 @@ def into_pipe_that_closes(pipe, words):
 
     fastcache.pipeline.console.SECONDS_BETWEEN_LINES = -1
     os.dup2(os.open(pipe, os.O_WRONLY), 1)
+    fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 4096)  # so that it can't be done before a slow reader has seen its mark
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  the old one knows a place in another file
     main(words)
 
