@@ -38,23 +38,22 @@ forks.set_forkserver_preload(
 
 
 @contextmanager
+def _handling_ctrl_c(handler):
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def hearing_ctrl_c():
-    """What is started in the block hears Ctrl-C, also where the tests run in the background of a script and ignore it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    """Processes started in the block receive Ctrl-C, even if the tests run in the background of a script and ignore it."""
+    return _handling_ctrl_c(signal.default_int_handler)
 
 
-@contextmanager
 def ignoring_ctrl_c():
-    """What is started in the block ignores Ctrl-C, as if a script had started it in the background."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    """Processes started in the block ignore Ctrl-C, as if a script had started them in the background."""
+    return _handling_ctrl_c(signal.SIG_IGN)
 
 
 def start(function, *arguments):

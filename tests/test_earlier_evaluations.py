@@ -1,4 +1,4 @@
-"""What evaluate and `steer find` found earlier stays as long as it is valid; what goes is told."""
+"""Earlier results of evaluate and `steer find` stay while they are valid; those that are dropped are reported."""
 
 import json
 import shutil

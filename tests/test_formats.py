@@ -1,4 +1,4 @@
-"""What is in a file is told by its contents; a file that can't be what it says is an error; hostile rows are counted."""
+"""The format of a file follows from its contents; a file that is not what it says is an error; hostile rows are counted."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""SAE folders from anywhere: whatever is wrong in them is told in one paragraph, and before anything is allocated."""
+"""Whatever is wrong in an SAE folder is reported in one paragraph, before anything is allocated."""
 
 import json
 import os

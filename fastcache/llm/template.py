@@ -361,13 +361,3 @@ def probe(*roles: str) -> Dialogue:
             messages[turn - 1]["tool_calls"] = [call]
             messages[turn]["tool_call_id"] = "probe0001"
     return Dialogue.of(messages)
-
-
-def first_source(text: Tracked, sources: Sequence[Source], turn: int) -> int | None:
-    """Where the first text of a message begins; None if the template left it out."""
-    position = 0
-    for length, code in runs_of(text):
-        if code >= 0 and sources[code].turn == turn:
-            return position
-        position += length
-    return None

@@ -16,7 +16,6 @@ from fastcache.pipeline.show import show_evaluations
 from fastcache.pipeline.study import read_study
 
 LAYERS = (2, 4)
-DEFAULT_TOKENS = 160_000
 
 ARCHES = ("standard", "jumprelu")
 

@@ -111,7 +111,7 @@ def _check_text(path: Path, head: bytes) -> None:
             except UnicodeDecodeError:
                 continue
             if text.removeprefix("\ufeff").lstrip().startswith(("{", "[")):
-                # With a mark of its byte order it is told without saying which.
+                # iconv reads the byte order from the mark at the beginning, so the command need not name it.
                 name = encoding[:6] if text.startswith("\ufeff") else encoding
                 raise InputError(
                     f"{path} is {name[:6]} text; JSON has to be UTF-8. Convert it first: "
